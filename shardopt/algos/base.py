@@ -1,0 +1,48 @@
+"""How one ``torch.optim`` class is sharded: where it may be cut, and what its state means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+
+from shardopt.layout import Atom
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """What shardopt knows of an optimizer class.
+
+    Args:
+        optimizer_class: the class itself, never a subclass: that may compute anything.
+        atom: what a shard border may not cut.
+        per_element: names of the state with one value for each element of the parameter, declared
+            because a shape alone does not tell (a parameter may have one element). With
+            ``Atom.ELEMENT`` all other state belongs to the parameter as a whole, like ``step``.
+        cost: estimated cost of updating a parameter of some shape; balances whole parameters.
+        fused: whether a group of options may use torch's fused kernel when the user leaves the
+            choice to us.
+        fused_devices: device types on which it may.
+        refusal: why the class cannot be used, or ``None``.
+    """
+
+    optimizer_class: type[Optimizer]
+    atom: Atom
+    per_element: frozenset[str] = frozenset()
+    shapes: Mapping[str, Callable[[Shape], Shape]] | None = None
+    cost: Callable[[Shape], int]
+    fused: Callable[[Mapping[str, Any]], bool] = lambda group: False
+    fused_devices: frozenset[str] = frozenset()
+    refusal: str | None = None
+
+    def state_shape(self, name: str, shape: Shape) -> Shape | None:
+        """Shape of state ``name`` of a parameter of ``shape``; ``None`` where it is not known."""
+        if name in self.per_element:
+            return shape
+        if self.shapes and name in self.shapes:
+            return self.shapes[name](shape)
+        return () if self.atom is Atom.ELEMENT else None

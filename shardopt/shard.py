@@ -1,0 +1,253 @@
+"""One rank's part of the optimizer: its segments, and the stock class that updates them.
+
+The class gets one tensor to a segment: a whole parameter in its own shape, a part as a 1-D tensor.
+Nothing merges, so nothing has to split, and presence is torch's own rule: a segment without a
+gradient is skipped. Bit for bit what the class computes on whole parameters, since an element-wise
+update does not care where a tensor is cut on 64-element borders.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from shardopt.algos import Algorithm
+from shardopt.buffers import ParameterBuffers
+from shardopt.comm import Collectives
+from shardopt.layout import Layout, ParameterSpec, Segment, plan_layout
+
+Group = dict[str, Any]
+_NOT_OPTIONS = ("params", "param_names")
+
+
+class Shard:
+    """The local optimizer over this rank's segments, and the buckets they are views of.
+
+    Attributes:
+        layout: where every parameter lies; the same on every rank.
+        buffers: the parameters and their memory.
+        names: of the parameters, for messages.
+        segments: parameter index -> its segment on this rank and the tensor the class updates.
+        optim: the local instance of the optimizer class, one group to each of the user's.
+    """
+
+    optim: Optimizer
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        collectives: Collectives,
+        *,
+        kernel: str,
+        bucket_bytes: int,
+        options: Mapping[str, Any],  # of the class, as its constructor takes them
+    ):
+        self.algorithm = algorithm
+        self.collectives = collectives
+        self.kernel = kernel
+        self.bucket_bytes = bucket_bytes
+        self.options = dict(options)
+        self.layout = Layout((), collectives.world_size, ())
+        self.buffers = ParameterBuffers(collectives)
+        self.segments: dict[int, tuple[Segment, Tensor]] = {}
+        self.names: list[str] = []
+        self._index: dict[int, int] = {}  # id of the user's tensor -> parameter index
+        self._may_fuse: list[bool] = []  # by group
+
+    # -- building ------------------------------------------------------------------------------
+
+    def plan(self, groups: Sequence[Group], names: Sequence[str]) -> Layout:
+        """The layout with the parameters of new ``groups`` added. Moves nothing."""
+        parameters = _unique(groups)
+        devices = list(dict.fromkeys(p.device for p in [*self.parameters, *parameters]))
+        specs = [
+            ParameterSpec(
+                name=name,
+                shape=tuple(parameter.shape),
+                dtype=parameter.dtype,
+                device=devices.index(parameter.device),
+                cost=self.algorithm.cost(tuple(parameter.shape)),
+            )
+            for name, parameter in zip(names, parameters, strict=True)
+        ]
+        return plan_layout(
+            specs,
+            self.algorithm.atom,
+            world_size=self.collectives.world_size,
+            bucket_bytes=self.bucket_bytes,
+            extend=self.layout,
+        )
+
+    def extend(self, layout: Layout, groups: Sequence[Group]) -> None:
+        """Move the parameters of new ``groups`` into buckets and give the class their segments."""
+        parameters, first_bucket = _unique(groups), len(self.layout.buckets)
+        for index, parameter in enumerate(parameters, len(self.parameters)):
+            self._index[id(parameter)] = index
+        self.buffers.adopt(layout, parameters)
+        self.layout = layout
+        self.names = [spec.name for spec in layout.parameters]
+        for number, bucket in list(enumerate(layout.buckets))[first_bucket:]:
+            for segment in bucket.segments(self.collectives.rank):
+                tensor = self.buffers.segment(number, segment).requires_grad_()
+                self.segments[segment.parameter] = (segment, tensor)
+        for group in groups:
+            self._may_fuse.append(_may_fuse(group["params"], self.algorithm.fused_devices))
+        self._add_groups(groups)
+
+    def _add_groups(self, groups: Sequence[Group]) -> None:
+        first = len(self.optim.param_groups) if hasattr(self, "optim") else 0
+        local = []
+        for number, group in enumerate(groups, first):
+            held = [self._index[id(parameter)] for parameter in group["params"]]
+            tensors = [self.segments[index][1] for index in held if index in self.segments]
+            local.append({**self._inner_options(number, group), "params": tensors})
+        with warnings.catch_warnings():
+            # The user has been warned of duplicate parameters by the group that has them.
+            warnings.filterwarnings("ignore", "optimizer contains a parameter group with dup")
+            fresh = self.algorithm.optimizer_class(local, **self.options)
+            if first == 0:
+                self.optim = fresh
+                return
+            for group in fresh.param_groups:
+                self.optim.add_param_group(group)
+        self.optim.state.update(fresh.state)  # what the class keeps from construction (Adagrad)
+
+    def clone(self, groups: Sequence[Group]) -> Shard:
+        """A shard of its own over copies of the parameters, in ``groups``, with equal state."""
+        twin = Shard(
+            self.algorithm,
+            self.collectives,
+            kernel=self.kernel,
+            bucket_bytes=self.bucket_bytes,
+            options=self.options,
+        )
+        twin.extend(self.layout, groups)
+        for index, (_, tensor) in self.segments.items():
+            if tensor in self.optim.state:
+                twin.optim.state[twin.segments[index][1]] = copy.deepcopy(self.optim.state[tensor])
+        return twin
+
+    # -- stepping ------------------------------------------------------------------------------
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The user's tensors, in order of registration, each once."""
+        return self.buffers.parameters
+
+    def update(self, groups: Sequence[Group]) -> None:
+        """One step of the class on this rank's segments, with the options of the user's groups.
+
+        Options flow in before it and, where the class changes them, out after it.
+        """
+        pushed = [self._inner_options(number, group) for number, group in enumerate(groups)]
+        for inner, options in zip(self.optim.param_groups, pushed, strict=True):
+            inner.update(options)
+        for index, (segment, tensor) in self.segments.items():
+            grad = self.parameters[index].grad
+            tensor.grad = None if grad is None else self.buffers.segment_of(grad, segment)
+        try:
+            _step_without_hooks(self.optim)
+        finally:
+            for _, tensor in self.segments.values():
+                tensor.grad = None
+        for group, inner, options in zip(groups, self.optim.param_groups, pushed, strict=True):
+            for key, value in inner.items():
+                if key not in _NOT_OPTIONS and (key not in options or value is not options[key]):
+                    group[key] = value
+
+    def _inner_options(self, number: int, group: Group) -> Group:
+        """A group's options as the class gets them: with our choice where the user made none."""
+        options = {key: value for key, value in group.items() if key not in _NOT_OPTIONS}
+        free = group.get("fused") is None and group.get("foreach") is None
+        if self.kernel == "auto" and free and self._may_fuse[number] and self.algorithm.fused(group):
+            options["fused"] = True
+        return options
+
+    def load_groups(self, saved: Sequence[Group]) -> list[Group]:
+        """Saved options as the class should load them, with the hidden choice of kernel."""
+        return [self._inner_options(number, group) for number, group in enumerate(saved)]
+
+    def options_after_load(self, saved: Sequence[Group]) -> list[Group]:
+        """What the class made of saved options (defaults added), without the hidden choice."""
+        return [
+            {
+                key: group.get(key) if key == "fused" else value
+                for key, value in inner.items()
+                if key not in _NOT_OPTIONS
+            }
+            for inner, group in zip(self.optim.param_groups, saved, strict=True)
+        ]
+
+    def index(self, parameter: Tensor) -> int:
+        """The index of one of the user's tensors. Raises ``KeyError`` for any other tensor."""
+        return self._index[id(parameter)]
+
+
+class LocalState(MutableMapping):
+    """The user's parameter -> the state of this rank's part of it, live.
+
+    True even when empty: ``torch.distributed.checkpoint`` takes an empty state for a reason to
+    run a phantom ``step()``.
+    """
+
+    def __init__(self, shard: Shard):
+        self._shard = shard
+
+    def _tensor(self, key: Any) -> Any:
+        """The local segment of a parameter; any other key stands for itself."""
+        if not isinstance(key, Tensor):
+            return key
+        segment = self._shard.segments.get(self._shard.index(key))
+        return None if segment is None else segment[1]
+
+    def __getitem__(self, key: Any) -> Any:
+        tensor = self._tensor(key)
+        return {} if tensor is None else self._shard.optim.state[tensor]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        tensor = self._tensor(key)
+        if tensor is None:
+            raise KeyError("this rank holds no part of the parameter; use load_state_dict")
+        self._shard.optim.state[tensor] = value
+
+    def __delitem__(self, key: Any) -> None:
+        del self._shard.optim.state[self._tensor(key)]
+
+    def __iter__(self) -> Iterator[Any]:
+        state = self._shard.optim.state
+        for index, (_, tensor) in sorted(self._shard.segments.items()):
+            if tensor in state:
+                yield self._shard.parameters[index]
+        yield from (key for key in state if not isinstance(key, Tensor))
+
+    def __len__(self) -> int:
+        return len(self._shard.optim.state)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return f"LocalState({dict(self)!r})"
+
+
+def _step_without_hooks(optim: Optimizer) -> None:
+    """``optim.step()`` without torch's hook wrapper: global hooks fire for the outer step."""
+    step = type(optim).step
+    if getattr(step, "hooked", False):
+        step = step.__wrapped__  # type: ignore[attr-defined]
+    step(optim)
+
+
+def _unique(groups: Sequence[Group]) -> list[Tensor]:
+    return list({id(p): p for group in groups for p in group["params"]}.values())
+
+
+def _may_fuse(parameters: Sequence[Tensor], devices: frozenset[str]) -> bool:
+    """Whether torch's fused kernel takes all of ``parameters``. The same on every rank."""
+    return all(p.is_floating_point() and p.device.type in devices for p in parameters)
+

@@ -1,0 +1,197 @@
+"""What is refused before anything moves: bad options, parameters and gradients.
+
+Everything here is local and cheap; the optimizer tells the other ranks what one of them refused.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from shardopt.algos import Algorithm
+from shardopt.errors import ParameterError, UnsupportedError
+from shardopt.layout import Atom
+from shardopt.policies import Guards
+
+Group = dict[str, Any]
+
+
+def listed(params: Any) -> list[Any]:
+    """The constructor's ``params`` as a list, generators in groups listed too.
+
+    Raises:
+        TypeError: a tensor, or a set, whose order changes between runs; in torch's words.
+    """
+    if isinstance(params, Tensor):
+        raise TypeError(
+            "params argument given to the optimizer should be an iterable of Tensors or dicts, but "
+            f"got {torch.typename(params)}"
+        )
+    if isinstance(params, (set, frozenset)):
+        raise TypeError(
+            "optimizer parameters need to be organized in ordered collections, but the ordering of "
+            "tensors in sets will change between runs. Please use a list instead."
+        )
+    entries = list(params)
+    for entry in entries:
+        list_group(entry)
+    return entries
+
+
+def list_group(group: Any) -> None:
+    """List a group's ``params`` in place, as torch does: an iterator can be read only once."""
+    if isinstance(group, dict) and not isinstance(group["params"], (Tensor, set)):
+        group["params"] = list(group["params"])
+
+
+def probe(
+    optimizer_class: type[Optimizer], entries: Sequence[Any], options: Mapping[str, Any]
+) -> Optimizer:
+    """An instance of the real class over stand-ins without memory: it raises its own errors.
+
+    Raises:
+        TypeError: ``optimizer_class`` is not an optimizer class, or what it raises itself.
+    """
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
+        raise TypeError(
+            f"optimizer_class: expected a subclass of torch.optim.Optimizer, got {optimizer_class!r}"
+        )
+    known: dict[int, Tensor] = {}
+
+    def replace(entry: Any) -> Any:
+        if isinstance(entry, dict):
+            params = entry["params"]
+            many = isinstance(params, (list, tuple))
+            return {**entry, "params": [replace(p) for p in params] if many else replace(params)}
+        if isinstance(entry, tuple):
+            return tuple(replace(part) for part in entry)
+        if isinstance(entry, Tensor):
+            return known.setdefault(id(entry), stand_in(entry, "meta"))
+        return entry
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what there is to warn of, the real construction warns of
+        return optimizer_class([replace(entry) for entry in entries], **options)
+
+
+def stand_in(parameter: Tensor, device: str) -> Tensor:
+    """A tensor that looks like ``parameter``, with values that do not matter."""
+    if parameter.layout is not torch.strided:
+        return parameter.detach().to(device)
+    twin = torch.empty_strided(
+        parameter.shape, parameter.stride(), dtype=parameter.dtype, device=device
+    )
+    return twin.requires_grad_(parameter.requires_grad)
+
+
+def refuse_policies(
+    algorithm: Algorithm, *, gradients: Any, kernel: Any, guards: Any, bucket_cap_mb: Any
+) -> None:
+    """Refuse arguments of ``ShardedOptimizer`` itself, and classes it cannot shard."""
+    _one_of("gradients", gradients, ["replicated"], later=["local", "sharded"])
+    _one_of("kernel", kernel, ["auto", "torch"], later=["compiled"])
+    if not isinstance(guards, Guards):
+        raise TypeError(f"guards: expected shardopt.Guards, got {type(guards).__name__}")
+    if not isinstance(bucket_cap_mb, (int, float)) or not bucket_cap_mb > 0:
+        raise ValueError(f"bucket_cap_mb: expected a positive number of MiB, got {bucket_cap_mb!r}")
+    if algorithm.refusal:
+        name = algorithm.optimizer_class.__name__
+        raise UnsupportedError(
+            f"{name} is not supported yet, since {algorithm.refusal}; use torch.optim.{name}"
+        )
+
+
+def _one_of(argument: str, value: Any, allowed: list[str], later: list[str]) -> None:
+    expected = " or ".join(repr(choice) for choice in allowed)
+    if isinstance(value, str) and value in later:
+        raise UnsupportedError(f"{argument}={value!r} is not supported yet; use {argument}={expected}")
+    if value not in allowed:
+        raise ValueError(f"{argument}: expected {expected}, got {value!r}")
+
+
+def refuse_groups(groups: Sequence[Group], names: Sequence[str]) -> None:
+    """Refuse parameters that cannot become views of buckets. ``names``: one to each parameter."""
+    if any(group.get("differentiable") for group in groups):
+        raise UnsupportedError(
+            "differentiable=True is not supported, since the update runs on detached shards; use the "
+            "optimizer class itself"
+        )
+    parameters = list({id(p): p for group in groups for p in group["params"]}.values())
+    spans = []
+    for name, parameter in zip(names, parameters, strict=True):
+        if torch.nn.parameter.is_lazy(parameter):
+            raise UnsupportedError(
+                f"parameter {name!r} is not initialized; run a first forward pass before "
+                "constructing ShardedOptimizer"
+            )
+        ordinary = type(parameter.data) is Tensor and parameter.layout is torch.strided
+        if not ordinary or parameter.is_meta:
+            raise UnsupportedError(
+                f"parameter {name!r}: expected an ordinary dense tensor with memory, got "
+                f"{type(parameter.data).__name__}, {parameter.layout}, on {parameter.device}"
+            )
+        if parameter.numel():
+            extent = 1 + sum(
+                (n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True)
+            )
+            start = parameter.data_ptr()
+            stop = start + extent * parameter.dtype.itemsize
+            spans.append((str(parameter.device), start, stop, name))
+    spans.sort()
+    for (device, _, stop, name), (next_device, start, _, next_name) in zip(
+        spans, spans[1:], strict=False
+    ):
+        if device == next_device and start < stop:
+            raise UnsupportedError(
+                f"parameters {name!r} and {next_name!r} share memory but are two Parameter objects; "
+                "tie them by using one Parameter in both places (a.weight = b.weight)"
+            )
+
+
+def refuse_gradients(
+    parameters: Sequence[Tensor], names: Sequence[str], algorithm: Algorithm
+) -> None:
+    """Refuse sparse gradients where parameters are cut; warn if the model was swapped out."""
+    found = False
+    for name, parameter in zip(names, parameters, strict=True):
+        grad = parameter.grad
+        if grad is None:
+            continue
+        found = True
+        if grad.layout is not torch.strided and algorithm.atom is not Atom.TENSOR:
+            raise ParameterError(
+                f"parameter {name!r}: expected a dense gradient, got {grad.layout}; use "
+                "sparse=False in its embedding, or assign parameter.grad.to_dense()"
+            )
+    if not found:
+        _warn_if_abandoned(parameters)
+
+
+_OUR_REFERENCES = 4  # the optimizer's list and its group, the loop variable, getrefcount's argument
+
+
+def _warn_if_abandoned(parameters: Sequence[Tensor]) -> None:
+    """Nothing has a gradient: is that since nobody but the optimizer holds the parameters?"""
+    for parameter in parameters:
+        if not parameter.requires_grad or sys.getrefcount(parameter) > _OUR_REFERENCES:
+            return
+    warnings.warn(
+        "step() found no gradient, and nothing but the optimizer holds its parameters any more: the "
+        "model has others now, as after load_state_dict(assign=True); construct ShardedOptimizer "
+        "after that, or load with assign=False",
+        stacklevel=5,
+    )
+
+
+def check_rank(argument: str, rank: Any, world_size: int) -> None:
+    """Refuse what is neither ``None`` nor a rank of the group."""
+    if rank is not None and not (isinstance(rank, int) and 0 <= rank < world_size):
+        raise ValueError(
+            f"{argument}: expected a rank from 0 to {world_size - 1}, or None, got {rank!r}"
+        )

@@ -1,0 +1,209 @@
+"""The documentation of torch.optim holds for ShardedOptimizer: each block, and each promise."""
+
+import ast
+import difflib
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+from shardopt import ShardedOptimizer
+from tests.documentation import BLOCKS, Stage, source_of, with_sharded_optimizer
+from tests.ranks import on_ranks
+
+KERNELS = {
+    # kernel: the flags under which plain torch computes the same numbers bit for bit. "auto" fuses
+    # Adam, but not SGD with momentum.
+    "torch": {},
+    "auto": {torch.optim.Adam: {"fused": True}},
+}
+
+
+def options_of(optimizer: torch.optim.Optimizer) -> list[dict]:
+    hidden = ("params", "fused")  # "auto" never shows the flag it chooses
+    return [{k: v for k, v in g.items() if k not in hidden} for g in optimizer.param_groups]
+
+
+def plain(params, optimizer_class: type, **options) -> torch.optim.Optimizer:
+    """The unsharded optimizer, constructed as ``ShardedOptimizer`` is."""
+    return optimizer_class(params, **options)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_only_the_constructor_line_changes(name):
+    before = ast.unparse(ast.parse(source_of(name))).splitlines()
+    after = with_sharded_optimizer(source_of(name)).splitlines()
+    changed = [line for line in difflib.ndiff(before, after) if line[0] in "+-"]
+    removed = [line[2:] for line in changed if line[0] == "-"]
+    added = [line[2:] for line in changed if line[0] == "+"]
+    assert len(removed) == len(added) >= 1
+    for old, new in zip(removed, added, strict=True):
+        assert "optim.SGD(" in old or "optim.Adam(" in old
+        assert "ShardedOptimizer(" in new
+        assert sorted(new.replace("ShardedOptimizer", "").replace(" ", "")) == sorted(
+            old.replace(" ", "") + ","
+        )
+
+
+@on_ranks(1, 2, 3)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_block(name, kernel):
+    """The block, and then some steps of what it constructed, equal plain torch bit for bit."""
+    ours = Stage(sharded=True, flags={ShardedOptimizer: {"kernel": kernel}})
+    twin = Stage(sharded=False, flags=KERNELS[kernel])
+    for stage in (ours, twin):
+        untouched = stage.values()
+        stage.run(name)
+        trained_by_block = not all(map(torch.equal, untouched, stage.values()))
+        assert trained_by_block == (name not in ("construct", "per-parameter options"))
+        for _ in range(3):
+            stage.train()
+    assert list(map(options_of, ours.built)) == list(map(options_of, twin.built))
+    for (our_rates, our_values), (rates, values) in zip(ours.seen, twin.seen, strict=True):
+        assert our_rates == rates
+        assert all(map(torch.equal, our_values, values))
+    assert not torch.equal(twin.seen[0][1][-1 if name == "construct" else 0], twin.values()[0])
+
+
+@on_ranks(1, 2, 3)
+@pytest.mark.parametrize(
+    "name, rates",
+    [
+        ("StepLR", {0: 0.05, 29: 0.05, 30: 0.005, 59: 0.005, 60: 0.0005, 89: 0.0005, 90: 0.00005}),
+        ("MultiStepLR", {0: 0.05, 29: 0.05, 30: 0.005, 79: 0.005, 80: 0.0005, 99: 0.0005}),
+        ("scheduler", {0: 0.05, 29: 0.05, 30: 0.005}),
+    ],
+)
+def test_rates_are_those_of_the_comments(name, rates):
+    """``# lr = 0.05 if epoch < 30`` and so on, for all groups."""
+    seen = Stage(sharded=True).run(name).seen
+    assert {epoch: seen[epoch][0] for epoch in rates} == {
+        epoch: pytest.approx([rate, rate]) for epoch, rate in rates.items()
+    }
+
+
+@on_ranks(1, 2, 3)
+def test_lambda_rates_are_the_initial_rate_times_the_function():
+    """The first group's lr is 0 for 30 epochs: its parameters stand still, the second's move."""
+    seen = Stage(sharded=True).run("LambdaLR").seen
+    for epoch in (0, 29, 30, 60, 99):
+        expected = [0.05 * (epoch // 30), 0.05 * 0.95**epoch]
+        assert seen[epoch][0] == pytest.approx(expected)
+    base, classifier = 0, 2
+    assert torch.equal(seen[0][1][base], seen[29][1][base])
+    assert not torch.equal(seen[29][1][base], seen[31][1][base])
+    assert not torch.equal(seen[0][1][classifier], seen[29][1][classifier])
+
+
+@on_ranks(1, 2, 3)
+def test_group_options_override_the_keyword_arguments():
+    """model.base: the default lr of 1e-2; model.classifier: 1e-3; momentum 0.9 for all."""
+    optimizer = Stage(sharded=True).run("per-parameter options").built[0]
+    assert [(g["lr"], g["momentum"]) for g in optimizer.param_groups] == [(1e-2, 0.9), (1e-3, 0.9)]
+
+
+@on_ranks(1, 2, 3)
+def test_closure_is_called_once_and_its_loss_returned():
+    stage = Stage(sharded=True).run("SGD")
+    calls = []
+
+    def closure():
+        calls.append(torch.is_grad_enabled())
+        stage.built[0].zero_grad()
+        loss = stage.model(stage.dataset[0][0]).square().mean()
+        loss.backward()
+        return loss
+
+    loss = stage.built[0].step(closure)
+    assert calls == [True]
+    assert loss.item() > 0
+    assert stage.built[0].step() is None
+
+
+@on_ranks(1, 2, 3)
+def test_state_dict_has_two_entries():
+    """``state`` and ``param_groups``, which hold no tensor of the model but its index."""
+    stage = Stage(sharded=True).run("SGD")
+    stage.built[0].consolidate_state_dict(to=None)
+    state = stage.built[0].state_dict()
+    assert set(state) == {"state", "param_groups"}
+    assert [group["params"] for group in state["param_groups"]] == [[0, 1, 2, 3]]
+    assert {key: set(value) for key, value in state["state"].items()} == {
+        index: {"momentum_buffer"} for index in range(4)
+    }
+    for index, parameter in enumerate(stage.model.parameters()):
+        assert state["state"][index]["momentum_buffer"].shape == parameter.shape
+
+
+@on_ranks(1, 2, 3)
+def test_zero_grad_clears_all_gradients():
+    stage = Stage(sharded=True).run("SGD")
+    stage.built[0].zero_grad(set_to_none=False)
+    assert all(not p.grad.any() for p in stage.model.parameters())
+    stage.built[0].zero_grad()
+    assert all(p.grad is None for p in stage.model.parameters())
+
+
+@on_ranks(1, 2, 3)
+def test_frozen_layers_join_as_training_goes_on():
+    """``add_param_group`` "can be useful when fine tuning a pre-trained network"."""
+    seen = []
+    for construct in (ShardedOptimizer, plain):
+        stage = Stage(sharded=construct is ShardedOptimizer)
+        stage.model.base.requires_grad_(False)
+        trainable = stage.model.classifier.parameters()
+        optimizer = construct(trainable, torch.optim.SGD, lr=0.1, momentum=0.9)
+        stage.built.append(optimizer)
+        stage.train()
+        stage.model.base.requires_grad_(True)
+        optimizer.add_param_group({"params": stage.model.base.parameters(), "lr": 0.01})
+        frozen = stage.values()[0]
+        stage.train()
+        stage.train()
+        assert not torch.equal(frozen, stage.values()[0])
+        assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.01]
+        seen.append(stage.values())
+    assert all(map(torch.equal, *seen))
+
+
+@on_ranks(1, 2, 3)
+def test_parameters_without_an_order_are_refused():
+    """The warning: "a deterministic ordering that is consistent between runs", so no sets."""
+    for construct in (ShardedOptimizer, plain):
+        with pytest.raises(TypeError, match="need to be organized in ordered collections"):
+            construct([{"params": set(nn.Linear(2, 2).parameters())}], torch.optim.SGD, lr=0.1)
+
+
+@on_ranks(1, 2, 3)
+def test_momentum_of_sgd_is_the_form_of_the_note():
+    """v = ρ·v + g, p = p − lr·v, which parts from v = ρ·v + lr·g, p = p − v once lr changes."""
+    parameter = nn.Parameter(torch.ones(3000, dtype=torch.float64))
+    optimizer = ShardedOptimizer([parameter], torch.optim.SGD, lr=0.1, momentum=0.9)
+    noted = sutskever = 1.0
+    v = w = 0.0
+    for step, lr in enumerate([0.1, 0.1, 0.01, 0.5]):
+        gradient = 1.0 + step
+        optimizer.param_groups[0]["lr"] = lr
+        parameter.grad = torch.full_like(parameter, gradient)
+        optimizer.step()
+        v, w = 0.9 * v + gradient, 0.9 * w + lr * gradient
+        noted, sutskever = noted - lr * v, sutskever - w
+    assert parameter.detach().tolist() == pytest.approx([noted] * 3000, rel=1e-12)
+    assert abs(noted - sutskever) > 0.1
+
+
+@on_ranks(1, 2, 3)
+def test_cosine_annealing_follows_its_formula():
+    """η_t = η_min + ½ (η_max − η_min) (1 + cos(T_cur / T_max · π))."""
+    parameter = nn.Parameter(torch.ones(3000))
+    optimizer = ShardedOptimizer([parameter], torch.optim.SGD, lr=0.1)
+    scheduler = lr_scheduler.CosineAnnealingLR(optimizer, T_max=8, eta_min=0.02)
+    for epoch in range(9):
+        expected = 0.02 + 0.5 * (0.1 - 0.02) * (1 + math.cos(epoch / 8 * math.pi))
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        scheduler.step()
