@@ -36,7 +36,7 @@ def dense_strides(tensor: Tensor) -> tuple[int, ...]:
 
 
 def in_memory_order(tensor: Tensor, strides: Sequence[int]) -> Tensor:  # (numel,)
-    """The elements of ``tensor`` in the order that ``strides`` lay them out; a view if it can be."""
+    """The elements of ``tensor`` in the order that ``strides`` lay them out; a view if possible."""
     if tuple(tensor.stride()) != tuple(strides) and not _same_order(tensor, strides):
         laid_out = torch.empty_strided(
             tensor.shape, tuple(strides), dtype=tensor.dtype, device=tensor.device
@@ -89,7 +89,7 @@ class ParameterBuffers:
             assert index >= first, "a parameter is adopted once"
             parameter = self.parameters[index]
             home = buffer.as_strided(parameter.shape, self.strides[index], slot.start)
-            alias = torch.from_dlpack(home.detach())  # type: ignore[attr-defined]
+            alias = torch.from_dlpack(home.detach())
             self._aliases[index], self._pointers[index] = alias, alias.data_ptr()
             self._move_in(index)
 
@@ -122,9 +122,9 @@ class ParameterBuffers:
                 )
             if not _same_order(parameter, alias.stride()):
                 warnings.warn(
-                    f"parameter {names[index]!r} has strides {parameter.stride()} now and goes back to "
-                    f"{alias.stride()}, as when ShardedOptimizer was constructed; change the memory "
-                    "format of the model before",
+                    f"parameter {names[index]!r} has strides {parameter.stride()} now and goes "
+                    f"back to {alias.stride()}, as when ShardedOptimizer was constructed; change "
+                    "the memory format of the model before",
                     stacklevel=4,
                 )
             self._move_in(index)
@@ -140,9 +140,12 @@ class ParameterBuffers:
 
     def segment_of(self, tensor: Tensor, segment: Segment) -> Tensor:
         """The part of a full ``tensor``, shaped as the parameter, that belongs to ``segment``."""
-        if segment.whole:
+        strides = self.strides[segment.parameter]
+        if segment.whole and (tensor.layout is not torch.strided or tensor.stride() == strides):
             return tensor
-        flat = in_memory_order(tensor, self.strides[segment.parameter])
+        flat = in_memory_order(tensor, strides)
+        if segment.whole:  # fused kernels go by memory order, and do not look at strides on CPU
+            return flat.as_strided(tensor.shape, strides, flat.storage_offset())
         return flat[segment.offset : segment.offset + segment.numel]
 
 

@@ -6,7 +6,7 @@
     ├── UnsupportedError     (ValueError)    asked for something shardopt does not do, or not yet
     ├── AgreementError       (RuntimeError)  ranks differ where they must not; raised on every rank
     ├── ParameterError       (RuntimeError)  a parameter left its bucket and cannot be taken back
-    └── StaleStateError      (RuntimeError)  the full state is asked for, but it is spread over ranks
+    └── StaleStateError      (RuntimeError)  the full state is asked for and is spread over ranks
 
 Bad arguments of the optimizer class itself raise what the class raises (``ValueError``,
 ``TypeError``, ``RuntimeError``). Every message says what was expected, what was got, and what to

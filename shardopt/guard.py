@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from shardopt.comm.collectives import Collectives, gather_texts
 from shardopt.errors import AgreementError
 
-_CHUNK = 1 << 20  # elements hashed at once; bounds the memory of a fingerprint to some 30 MB
+_CHUNK = 1 << 18  # elements hashed at once: 4 MB beside the tensor
 
 
 def agree(collectives: Collectives, facts: Mapping[str, object], remedy: str) -> None:
@@ -26,7 +27,9 @@ def agree(collectives: Collectives, facts: Mapping[str, object], remedy: str) ->
     Raises:
         AgreementError: on every rank, naming the first difference, the rank, and both values.
     """
-    text = "\n".join(f"{name}\t{describe(value)}".replace("\n", " ") for name, value in facts.items())
+    text = "\n".join(
+        f"{name}\t{describe(value)}".replace("\n", " ") for name, value in facts.items()
+    )
     digest = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
     rows = collectives.all_gather_rows(torch.tensor([digest]))
     if (rows == rows[0]).all():
@@ -69,8 +72,19 @@ def describe(value: Any) -> str:
     return text if " at 0x" not in text else f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-def agree_on_success(collectives: Collectives, error: Exception | None) -> None:
-    """Raise on every rank if any rank has an error: there its own, elsewhere one that names it."""
+@contextmanager
+def all_or_none(collectives: Collectives) -> Iterator[None]:
+    """Run a block without collectives; if it fails on one rank, raise on every rank.
+
+    Raises:
+        Exception: where the block failed, its own error.
+        AgreementError: elsewhere, with that error's type and message.
+    """
+    error = None
+    try:
+        yield
+    except Exception as problem:
+        error = problem
     failed = collectives.all_gather_rows(torch.tensor([int(error is not None)])).flatten()
     if not failed.any():
         return
@@ -81,45 +95,70 @@ def agree_on_success(collectives: Collectives, error: Exception | None) -> None:
     raise AgreementError(f"rank {rank} failed where this one did not: {texts[rank].decode()}")
 
 
-def agree_on_tensors(
+def agree_on_values(
+    collectives: Collectives, names: Sequence[str], parameters: Sequence[Tensor]
+) -> None:
+    """Return if every rank starts from the same parameters; else ``AgreementError``."""
+    remedy = (
+        "seed every rank alike, wrap the model in DistributedDataParallel before constructing "
+        "ShardedOptimizer, or broadcast the parameters from rank 0"
+    )
+    _agree_on_tensors(collectives, "value", names, parameters, remedy)
+
+
+def agree_on_gradients(
+    collectives: Collectives, names: Sequence[str], parameters: Sequence[Tensor]
+) -> None:
+    """Return if every rank has the same gradients, and the same ones; else ``AgreementError``."""
+    remedy = (
+        "with gradients='replicated' every rank needs the averaged gradient: wrap the model in "
+        "DistributedDataParallel, or all-reduce .grad before step()"
+    )
+    gradients = [parameter.grad for parameter in parameters]
+    _agree_on_tensors(collectives, "gradient", names, gradients, remedy)
+
+
+def _agree_on_tensors(
     collectives: Collectives,
+    what: str,
     names: Sequence[str],
     tensors: Sequence[Tensor | None],  # ``None``: this rank has none
-    what: str,
     remedy: str,
 ) -> None:
-    """Return if every rank holds bitwise the same tensors.
-
-    Raises:
-        AgreementError: on every rank, naming the first that differs and the rank.
-    """
     if collectives.world_size == 1 or not tensors:
         return
     prints = [0 if tensor is None else fingerprint(tensor) for tensor in tensors]
     rows = collectives.all_gather_rows(torch.tensor(prints))
     for name, column in zip(names, rows.T.tolist(), strict=True):
         if len(set(column)) > 1:
-            values = ["none" if value == 0 else f"one with hash {value & (1 << 64) - 1:016x}" for value in column]
-            raise AgreementError(f"ranks differ in the {what} of {name!r}: {_odd_ranks(values)}; {remedy}")
+            values = [f"hash {value & (1 << 64) - 1:016x}" if value else "none" for value in column]
+            raise AgreementError(
+                f"ranks differ in the {what} of {name!r}: {_odd_ranks(values)}; {remedy}"
+            )
 
 
 @torch.no_grad()
 def fingerprint(tensor: Tensor) -> int:
     """A 64-bit hash of values and positions, never 0; one flipped bit anywhere changes it.
 
-    The sum of each element's bits times an odd weight of its position, modulo 2**64. (A sum
-    alone, or ``torch.hash_tensor``, does not notice two elements that change places.)
+    The sum, modulo 2**64, of a one-to-one scramble of each element's bits and position. (A sum
+    alone, or ``torch.hash_tensor``, does not notice two elements that change places; bits times
+    a weight of the position do not notice two doubles that change their signs.)
     """
     if tensor.layout is not torch.strided:
         tensor = tensor.to_dense()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
+    tensor = tensor.resolve_neg()
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = tensor.detach().reshape(-1).view(integers[tensor.dtype.itemsize])
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for start in range(0, bits.numel(), _CHUNK):
-        chunk = bits[start : start + _CHUNK].to(torch.int64)
-        position = torch.arange(start, start + chunk.numel(), device=bits.device)
-        weight = position * 0x1E3779B97F4A7C16 + 1  # even times position, plus one: odd
-        total += ((chunk + 0x51ED2701) * weight).sum()
+        chunk = bits[start : start + _CHUNK]
+        mixed = torch.arange(start + 1, start + 1 + chunk.numel(), device=bits.device)
+        mixed.mul_(0x1E3779B97F4A7C15).add_(chunk)
+        mixed ^= (mixed >> 32).bitwise_and_(0xFFFFFFFF)  # an unsigned shift
+        mixed *= 0x2545F4914F6CDD1D
+        mixed ^= (mixed >> 32).bitwise_and_(0xFFFFFFFF)
+        total += mixed.sum()
     return int(total) or 1

@@ -12,20 +12,20 @@ from torch.optim import Optimizer
 
 from shardopt.algos import algorithm_for
 from shardopt.comm import Collectives, choose_collectives
-from shardopt.errors import StaleStateError
-from shardopt.guard import agree, agree_on_success, agree_on_tensors
+from shardopt.guard import agree, agree_on_gradients, agree_on_values, all_or_none
 from shardopt.policies import Guards
-from shardopt.shard import Group, LocalState, Shard
-from shardopt.state import consolidate, load
+from shardopt.shard import Group, LocalState, Shard, unique_parameters
+from shardopt.state import Snapshot, load
 from shardopt.validation import (
-    check_rank,
+    group_facts,
     list_group,
     listed,
+    parameter_names,
     probe,
+    refuse_class,
     refuse_gradients,
-    refuse_groups,
+    refuse_parameters,
     refuse_policies,
-    stand_in,
 )
 
 _log = logging.getLogger("shardopt")
@@ -38,8 +38,8 @@ class ShardedOptimizer(Optimizer):
     state on each of N ranks, and has the same ``param_groups`` and the same consolidated
     ``state_dict``. Without a process group it is one process and the same code.
 
-    Construction is collective: all ranks must bring the same parameters, options and values.
-    The parameters become views of flat buffers; they stay the same objects.
+    Construction is collective: all ranks bring the same parameters, options and values. The
+    parameters become views of flat buffers; they stay the same objects.
 
     Args:
         params: parameters, named parameters, or dicts of groups, as for any optimizer.
@@ -72,11 +72,11 @@ class ShardedOptimizer(Optimizer):
         ...     torch.save(optimizer.state_dict(), "optimizer.pt")
 
     References:
-        ZeRO: Memory Optimizations Toward Training Trillion Parameter Models (arXiv:1910.02054).
+        ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, arXiv:1910.02054.
     """
 
     _built = False  # torch's constructor adds the groups one by one before there are shards
-    _served: dict[Any, Any] | None = None  # what ``state`` shows while ``state_dict`` packs it
+    _served: Mapping[Any, Any] | None = None  # what ``state`` shows while ``state_dict`` packs it
 
     def __init__(
         self,
@@ -94,31 +94,21 @@ class ShardedOptimizer(Optimizer):
         self.optimizer_class = optimizer_class
         self.guards = Guards() if guards is None else guards
         self._num_steps = 0
-        self._has_history = False  # a step was taken or a state loaded
-        self._consolidated: dict[Any, Any] | None = None
-        algorithm = algorithm_for(optimizer_class)
-        policies = {
-            "gradients": gradients,
-            "kernel": kernel,
-            "guards": self.guards,
-            "bucket_cap_mb": bucket_cap_mb,
-        }
-        error = None
-        try:
+        policies = {"gradients": gradients, "kernel": kernel, "guards": self.guards}
+        with all_or_none(self.collectives):
             entries = listed(params)
             super().__init__(entries, probe(optimizer_class, entries, options).defaults)
-            refuse_policies(algorithm, **policies)
-            refuse_groups(self.param_groups, self._names())
-        except Exception as problem:  # any class may raise anything; every rank hears of it
-            error = problem
-        agree_on_success(self.collectives, error)
+            refuse_policies(**policies, bucket_cap_mb=bucket_cap_mb)
+            refuse_class(algorithm_for(optimizer_class))
+            refuse_parameters(self.param_groups)
         self._shard = Shard(
-            algorithm,
+            algorithm_for(optimizer_class),
             self.collectives,
             kernel=kernel,
             bucket_bytes=int(bucket_cap_mb * (1 << 20)),
             options=options,
         )
+        self._snapshot = Snapshot(self._shard)
         name = f"{optimizer_class.__module__}.{optimizer_class.__qualname__}"
         self._build(self.param_groups, {"the optimizer class": name, **policies})
         self._built = True
@@ -133,62 +123,33 @@ class ShardedOptimizer(Optimizer):
         if not self._built:
             super().add_param_group(param_group)
             return
-        num_known, error = len(self.param_groups), None
+        num_known = len(self.param_groups)
         try:
-            list_group(param_group)
-            probe(self.optimizer_class, [param_group], self._shard.options)
-            super().add_param_group(param_group)
-            refuse_groups(self.param_groups, self._names())
-        except Exception as problem:
-            error = problem
-        try:
-            agree_on_success(self.collectives, error)
+            with all_or_none(self.collectives):
+                list_group(param_group)
+                probe(self.optimizer_class, [param_group], self._shard.options)
+                super().add_param_group(param_group)
+                refuse_parameters(self.param_groups)
             self._build(self.param_groups[num_known:], {})
         except Exception:
             del self.param_groups[num_known:]
             raise
-        self._consolidated = None
+        self._snapshot.forget()
 
     def _build(self, groups: list[Group], facts: dict[str, object]) -> None:
         """Agree with the other ranks on new ``groups``, then move their parameters into buckets."""
-        names = self._names()[len(self._shard.parameters) :]
+        names = parameter_names(self.param_groups)[len(self._shard.parameters) :]
         layout = self._shard.plan(groups, names)
-        new = list({id(p): p for group in groups for p in group["params"]}.values())
-        for number, group in enumerate(groups, len(self.param_groups) - len(groups)):
-            facts[f"the number of parameters of group {number}"] = len(group["params"])
-            options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-            facts |= {f"group {number}, {key}": value for key, value in options.items()}
-        for name, parameter in zip(names, new, strict=True):
-            facts[f"parameter {name!r}"] = (
-                f"{tuple(parameter.shape)} {parameter.dtype} on {parameter.device.type}, "
-                f"strides {parameter.stride()}, requires_grad={parameter.requires_grad}"
-            )
-        facts["the layout"] = str(layout)
+        first = len(self.param_groups) - len(groups)
+        facts = {**facts, **group_facts(groups, first, names), "the layout": str(layout)}
         agree(
             self.collectives,
             facts,
             "construct the model and ShardedOptimizer alike on every rank, in the same order",
         )
         if self.guards.replicas:
-            agree_on_tensors(
-                self.collectives,
-                names,
-                new,
-                "value",
-                "seed every rank alike, wrap the model in DistributedDataParallel before "
-                "constructing ShardedOptimizer, or broadcast the parameters from rank 0",
-            )
+            agree_on_values(self.collectives, names, unique_parameters(groups))
         self._shard.extend(layout, groups)
-
-    def _names(self) -> list[str]:
-        """A name for every parameter, for messages: the user's, or its number and shape."""
-        names: dict[int, str] = {}
-        for group in self.param_groups:
-            given = group.get("param_names") or [None] * len(group["params"])
-            for parameter, name in zip(group["params"], given, strict=True):
-                unnamed = f"{len(names)}, of shape {tuple(parameter.shape)}"
-                names.setdefault(id(parameter), name or unnamed)
-        return list(names.values())
 
     # -- stepping ------------------------------------------------------------------------------
 
@@ -203,63 +164,41 @@ class ShardedOptimizer(Optimizer):
 
         Raises:
             ParameterError: a parameter has another shape, dtype or device than at construction.
-            AgreementError: at the first step, if the gradients differ between ranks.
+            AgreementError: at the first step, if gradients differ between ranks.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._consolidated = None
-        self._check_step()
+        self._snapshot.drop()
+        if self._num_steps == 0:
+            self._check_first_step()
+        else:
+            self._check_step()
         with torch.no_grad():
             self._shard.update(self.param_groups)
-            self._gather()
-        self._has_history = True
+            self._shard.gather()
         self._num_steps += 1
         return loss
 
     def _check_step(self) -> None:
-        """Take parameters back that left their buckets; at the first step, compare gradients."""
-        error = None
-        try:
-            self._shard.buffers.take_back(self._shard.names)
-            shard = self._shard
-            refuse_gradients(shard.parameters, shard.names, shard.algorithm)
-        except Exception as problem:
-            if self._num_steps > 0:
-                raise
-            error = problem
-        if self._num_steps > 0:
-            return
-        agree_on_success(self.collectives, error)
+        """Take parameters back that left their buckets; refuse gradients that cannot be cut."""
+        shard = self._shard
+        shard.buffers.take_back(shard.names)
+        refuse_gradients(shard.parameters, shard.names, shard.algorithm)
+
+    def _check_first_step(self) -> None:
+        """Also compare gradients: the first chance to see that nobody reduces them."""
+        with all_or_none(self.collectives):
+            self._check_step()
         if self.guards.replicas:
-            agree_on_tensors(
-                self.collectives,
-                self._shard.names,
-                [parameter.grad for parameter in self._shard.parameters],
-                "gradient",
-                "with gradients='replicated' every rank needs the averaged gradient: wrap the model "
-                "in DistributedDataParallel, or all-reduce .grad before step()",
-            )
+            agree_on_gradients(self.collectives, self._shard.names, self._shard.parameters)
         if self.collectives.world_size > 1 and self.collectives.rank == 0:
             _log.info(
-                "the optimizer state is sharded over %d ranks; to save it, call "
-                "optimizer.consolidate_state_dict(to=0) on every rank, then optimizer.state_dict() "
-                "on rank 0",
+                "the optimizer state is sharded over %d ranks; to save it, call consolidate_state_"
+                "dict(to=0) on every rank, then state_dict() on rank 0",
                 self.collectives.world_size,
             )
-
-    def _gather(self) -> None:
-        """All-gather every bucket, in order; then tell autograd that parameters have changed."""
-        shard = self._shard
-        handles = [
-            self.collectives.all_gather(buffer, bucket.borders)
-            for buffer, bucket in zip(shard.buffers.buckets, shard.layout.buckets, strict=True)
-        ]
-        for handle in handles:
-            handle.wait()
-        changed = [parameter for parameter in shard.parameters if parameter.grad is not None]
-        torch.autograd.graph.increment_version(changed)
 
     # -- state ---------------------------------------------------------------------------------
 
@@ -289,94 +228,51 @@ class ShardedOptimizer(Optimizer):
             ValueError: no such rank.
             AgreementError: ranks call it for different targets or after different steps.
         """
-        check_rank("to", to, self.collectives.world_size)
-        agree(
-            self.collectives,
-            {"consolidate_state_dict(to=)": to, "the number of steps": self._num_steps},
-            "call consolidate_state_dict alike on every rank, after the same step",
-        )
-        if self.collectives.world_size > 1:
-            full = consolidate(self._shard, to)
-            parameters = self._shard.parameters
-            self._consolidated = {
-                parameters[key] if isinstance(key, int) else key: state for key, state in full.items()
-            }
+        self._snapshot.take(to)
 
     def state_dict(self) -> dict[str, Any]:
         """The state in torch's form, with full tensors; loads into plain ``torch.optim``.
 
-        On several ranks it is the copy that ``consolidate_state_dict`` made, which the next step
-        drops; ranks that were not its target get the groups and empty state. Before the first
-        step it is what the class has at construction.
+        On several ranks: the copy that ``consolidate_state_dict`` made, until the next step; ranks
+        other than its target get empty state. Before any step: what the class starts with.
 
         Raises:
             StaleStateError: on several ranks, without a fresh copy.
         """
         if self.collectives.world_size == 1:
             return super().state_dict()
-        if self._consolidated is None and self._has_history:
-            raise StaleStateError(
-                f"the state is sharded over {self.collectives.world_size} ranks and no fresh copy is "
-                "here; call optimizer.consolidate_state_dict(to=0) on every rank before state_dict()"
-            )
-        self._served = self._consolidated
-        if self._served is None:
-            self._served = self._state_at_construction()
+        self._served = self._snapshot.full(self.param_groups)
         try:
             return super().state_dict()
         finally:
             self._served = None
 
-    def _state_at_construction(self) -> dict[Any, Any]:
-        """What the class has before any step, made without communication (Adagrad has some)."""
-        groups, twins = [], {}
-        for group in self.param_groups:
-            held = [stand_in(p, "cpu") for p in group["params"]]
-            twins.update(zip(held, group["params"], strict=True))
-            groups.append({**group, "params": held})
-            groups[-1].pop("param_names", None)
-        fresh = self.optimizer_class(groups, **self._shard.options)
-        return {twins.get(key, key): state for key, state in fresh.state.items()}
-
     def load_state_dict(self, state_dict: Any, from_: int | None = None) -> None:
         """Load a state in torch's form, saved by any world size or by plain torch. Collective.
 
-        The dict is neither changed nor kept.
-
         Args:
-            state_dict: the full state; on ranks other than ``from_``: ``None``.
+            state_dict: the full state, neither changed nor kept; ``None`` on ranks but ``from_``.
             from_: the rank that has the state; ``None`` if every rank passes it.
 
         Raises:
             ValueError: groups or shapes do not fit, named by parameter; on every rank.
         """
-        check_rank("from_", from_, self.collectives.world_size)
-        agree(self.collectives, {"load_state_dict(from_=)": from_}, "pass the same from_ on every rank")
         if state_dict is not None and (from_ is None or from_ == self.collectives.rank):
             state_dict = copy.copy(state_dict)
             for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
                 changed = pre_hook(self, state_dict)
                 state_dict = state_dict if changed is None else changed
-        saved = load(self._shard, self.param_groups, state_dict, from_)
-        options = self._shard.options_after_load(saved)
-        for group, new, old in zip(self.param_groups, options, saved, strict=True):
-            names = {"param_names": old.get("param_names", group.get("param_names"))}
-            kept = {"params": group["params"], **({} if names["param_names"] is None else names)}
-            group.clear()
-            group.update({**new, **kept})
-        self._consolidated, self._has_history = None, True
+        load(self._shard, self.param_groups, state_dict, from_)
+        self._snapshot.drop()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def agree(self, facts: Mapping[str, object], remedy: str) -> None:
-        """Return if every rank brings the same facts. Collective.
+        """Raise ``AgreementError`` on every rank unless all bring the same facts. Collective.
 
         Args:
             facts: what must be equal, by name.
             remedy: what to do otherwise; ends the message.
-
-        Raises:
-            AgreementError: on every rank, naming the first difference, the rank and both values.
         """
         agree(self.collectives, facts, remedy)
 
@@ -387,12 +283,12 @@ class ShardedOptimizer(Optimizer):
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         plain = {k: v for k, v in self.__dict__.items() if not k.startswith("_optimizer_")}
-        for shared in ("collectives", "_shard", "step", "_consolidated"):
-            plain.pop(shared, None)
-        twin.__dict__.update(copy.deepcopy(plain, memo))
-        twin.collectives, twin._consolidated = self.collectives, None
+        for own in ("collectives", "_shard", "_snapshot", "step"):  # a scheduler patches step
+            plain.pop(own, None)
+        twin.__dict__.update(copy.deepcopy(plain, memo), collectives=self.collectives)
         twin.__setstate__({})
         twin._shard = self._shard.clone(twin.param_groups)
+        twin._snapshot = self._snapshot.of(twin._shard)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -22,7 +23,7 @@ from shardopt.comm import Collectives
 from shardopt.layout import Layout, ParameterSpec, Segment, plan_layout
 
 Group = dict[str, Any]
-_NOT_OPTIONS = ("params", "param_names")
+NOT_OPTIONS = ("params", "param_names")
 
 
 class Shard:
@@ -63,7 +64,7 @@ class Shard:
 
     def plan(self, groups: Sequence[Group], names: Sequence[str]) -> Layout:
         """The layout with the parameters of new ``groups`` added. Moves nothing."""
-        parameters = _unique(groups)
+        parameters = unique_parameters(groups)
         devices = list(dict.fromkeys(p.device for p in [*self.parameters, *parameters]))
         specs = [
             ParameterSpec(
@@ -85,7 +86,7 @@ class Shard:
 
     def extend(self, layout: Layout, groups: Sequence[Group]) -> None:
         """Move the parameters of new ``groups`` into buckets and give the class their segments."""
-        parameters, first_bucket = _unique(groups), len(self.layout.buckets)
+        parameters, first_bucket = unique_parameters(groups), len(self.layout.buckets)
         for index, parameter in enumerate(parameters, len(self.parameters)):
             self._index[id(parameter)] = index
         self.buffers.adopt(layout, parameters)
@@ -93,7 +94,8 @@ class Shard:
         self.names = [spec.name for spec in layout.parameters]
         for number, bucket in list(enumerate(layout.buckets))[first_bucket:]:
             for segment in bucket.segments(self.collectives.rank):
-                tensor = self.buffers.segment(number, segment).requires_grad_()
+                tensor = self.buffers.segment(number, segment)
+                tensor.requires_grad_(tensor.is_floating_point() or tensor.is_complex())
                 self.segments[segment.parameter] = (segment, tensor)
         for group in groups:
             self._may_fuse.append(_may_fuse(group["params"], self.algorithm.fused_devices))
@@ -157,14 +159,30 @@ class Shard:
                 tensor.grad = None
         for group, inner, options in zip(groups, self.optim.param_groups, pushed, strict=True):
             for key, value in inner.items():
-                if key not in _NOT_OPTIONS and (key not in options or value is not options[key]):
+                if key not in NOT_OPTIONS and (key not in options or value is not options[key]):
                     group[key] = value
+
+    def gather(self) -> None:
+        """All-gather every bucket, in order; then tell autograd that parameters have changed."""
+        handles = [
+            self.collectives.all_gather(buffer, bucket.borders)
+            for buffer, bucket in zip(self.buffers.buckets, self.layout.buckets, strict=True)
+        ]
+        for handle in handles:
+            handle.wait()
+        changed = [parameter for parameter in self.parameters if parameter.grad is not None]
+        torch.autograd.graph.increment_version(changed)
 
     def _inner_options(self, number: int, group: Group) -> Group:
         """A group's options as the class gets them: with our choice where the user made none."""
-        options = {key: value for key, value in group.items() if key not in _NOT_OPTIONS}
+        options = {key: value for key, value in group.items() if key not in NOT_OPTIONS}
         free = group.get("fused") is None and group.get("foreach") is None
-        if self.kernel == "auto" and free and self._may_fuse[number] and self.algorithm.fused(group):
+        if (
+            self.kernel == "auto"
+            and free
+            and self._may_fuse[number]
+            and self.algorithm.fused(group)
+        ):
             options["fused"] = True
         return options
 
@@ -178,7 +196,7 @@ class Shard:
             {
                 key: group.get(key) if key == "fused" else value
                 for key, value in inner.items()
-                if key not in _NOT_OPTIONS
+                if key not in NOT_OPTIONS
             }
             for inner, group in zip(self.optim.param_groups, saved, strict=True)
         ]
@@ -188,7 +206,7 @@ class Shard:
         return self._index[id(parameter)]
 
 
-class LocalState(MutableMapping):
+class LocalState(MutableMapping[Any, Any]):
     """The user's parameter -> the state of this rank's part of it, live.
 
     True even when empty: ``torch.distributed.checkpoint`` takes an empty state for a reason to
@@ -243,11 +261,11 @@ def _step_without_hooks(optim: Optimizer) -> None:
     step(optim)
 
 
-def _unique(groups: Sequence[Group]) -> list[Tensor]:
+def unique_parameters(groups: Sequence[Group]) -> list[Tensor]:
+    """The parameters of ``groups`` in order, each once."""
     return list({id(p): p for group in groups for p in group["params"]}.values())
 
 
 def _may_fuse(parameters: Sequence[Tensor], devices: frozenset[str]) -> bool:
     """Whether torch's fused kernel takes all of ``parameters``. The same on every rank."""
     return all(p.is_floating_point() and p.device.type in devices for p in parameters)
-

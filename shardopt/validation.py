@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,8 +19,7 @@ from shardopt.algos import Algorithm
 from shardopt.errors import ParameterError, UnsupportedError
 from shardopt.layout import Atom
 from shardopt.policies import Guards
-
-Group = dict[str, Any]
+from shardopt.shard import NOT_OPTIONS, Group, unique_parameters
 
 
 def listed(params: Any) -> list[Any]:
@@ -60,7 +60,8 @@ def probe(
     """
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
         raise TypeError(
-            f"optimizer_class: expected a subclass of torch.optim.Optimizer, got {optimizer_class!r}"
+            "optimizer_class: expected a subclass of torch.optim.Optimizer, got "
+            f"{optimizer_class!r}"
         )
     known: dict[int, Tensor] = {}
 
@@ -90,16 +91,18 @@ def stand_in(parameter: Tensor, device: str) -> Tensor:
     return twin.requires_grad_(parameter.requires_grad)
 
 
-def refuse_policies(
-    algorithm: Algorithm, *, gradients: Any, kernel: Any, guards: Any, bucket_cap_mb: Any
-) -> None:
-    """Refuse arguments of ``ShardedOptimizer`` itself, and classes it cannot shard."""
+def refuse_policies(*, gradients: Any, kernel: Any, guards: Any, bucket_cap_mb: Any) -> None:
+    """Refuse bad arguments of ``ShardedOptimizer`` itself."""
     _one_of("gradients", gradients, ["replicated"], later=["local", "sharded"])
     _one_of("kernel", kernel, ["auto", "torch"], later=["compiled"])
     if not isinstance(guards, Guards):
         raise TypeError(f"guards: expected shardopt.Guards, got {type(guards).__name__}")
     if not isinstance(bucket_cap_mb, (int, float)) or not bucket_cap_mb > 0:
         raise ValueError(f"bucket_cap_mb: expected a positive number of MiB, got {bucket_cap_mb!r}")
+
+
+def refuse_class(algorithm: Algorithm) -> None:
+    """Refuse an optimizer class that shardopt cannot shard."""
     if algorithm.refusal:
         name = algorithm.optimizer_class.__name__
         raise UnsupportedError(
@@ -110,20 +113,21 @@ def refuse_policies(
 def _one_of(argument: str, value: Any, allowed: list[str], later: list[str]) -> None:
     expected = " or ".join(repr(choice) for choice in allowed)
     if isinstance(value, str) and value in later:
-        raise UnsupportedError(f"{argument}={value!r} is not supported yet; use {argument}={expected}")
+        raise UnsupportedError(
+            f"{argument}={value!r} is not supported yet; use {argument}={expected}"
+        )
     if value not in allowed:
         raise ValueError(f"{argument}: expected {expected}, got {value!r}")
 
 
-def refuse_groups(groups: Sequence[Group], names: Sequence[str]) -> None:
-    """Refuse parameters that cannot become views of buckets. ``names``: one to each parameter."""
+def refuse_parameters(groups: Sequence[Group]) -> None:
+    """Refuse parameters that cannot become views of buckets."""
     if any(group.get("differentiable") for group in groups):
         raise UnsupportedError(
-            "differentiable=True is not supported, since the update runs on detached shards; use the "
-            "optimizer class itself"
+            "differentiable=True is not supported, since the update runs on detached shards; use "
+            "the optimizer class itself"
         )
-    parameters = list({id(p): p for group in groups for p in group["params"]}.values())
-    spans = []
+    names, parameters = parameter_names(groups), unique_parameters(groups)
     for name, parameter in zip(names, parameters, strict=True):
         if torch.nn.parameter.is_lazy(parameter):
             raise UnsupportedError(
@@ -136,21 +140,24 @@ def refuse_groups(groups: Sequence[Group], names: Sequence[str]) -> None:
                 f"parameter {name!r}: expected an ordinary dense tensor with memory, got "
                 f"{type(parameter.data).__name__}, {parameter.layout}, on {parameter.device}"
             )
+    _refuse_overlaps(parameters, names)
+
+
+def _refuse_overlaps(parameters: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Two Parameter objects over one memory, as after ``a.data = b.data``, cannot both move."""
+    spans = []
+    for name, parameter in zip(names, parameters, strict=True):
+        dims = zip(parameter.shape, parameter.stride(), strict=True)
+        last = sum((size - 1) * stride for size, stride in dims)
         if parameter.numel():
-            extent = 1 + sum(
-                (n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True)
-            )
             start = parameter.data_ptr()
-            stop = start + extent * parameter.dtype.itemsize
+            stop = start + (last + 1) * parameter.dtype.itemsize
             spans.append((str(parameter.device), start, stop, name))
-    spans.sort()
-    for (device, _, stop, name), (next_device, start, _, next_name) in zip(
-        spans, spans[1:], strict=False
-    ):
+    for (device, _, stop, name), (next_device, start, _, next_name) in pairwise(sorted(spans)):
         if device == next_device and start < stop:
             raise UnsupportedError(
-                f"parameters {name!r} and {next_name!r} share memory but are two Parameter objects; "
-                "tie them by using one Parameter in both places (a.weight = b.weight)"
+                f"parameters {name!r} and {next_name!r} share memory but are two Parameter "
+                "objects; use one Parameter in both places (a.weight = b.weight)"
             )
 
 
@@ -182,9 +189,9 @@ def _warn_if_abandoned(parameters: Sequence[Tensor]) -> None:
         if not parameter.requires_grad or sys.getrefcount(parameter) > _OUR_REFERENCES:
             return
     warnings.warn(
-        "step() found no gradient, and nothing but the optimizer holds its parameters any more: the "
-        "model has others now, as after load_state_dict(assign=True); construct ShardedOptimizer "
-        "after that, or load with assign=False",
+        "step() found no gradient, and nothing but the optimizer holds its parameters any more: "
+        "the model has others now, as after load_state_dict(assign=True); construct "
+        "ShardedOptimizer after that, or load with assign=False",
         stacklevel=5,
     )
 
@@ -195,3 +202,29 @@ def check_rank(argument: str, rank: Any, world_size: int) -> None:
         raise ValueError(
             f"{argument}: expected a rank from 0 to {world_size - 1}, or None, got {rank!r}"
         )
+
+
+def parameter_names(groups: Sequence[Group]) -> list[str]:
+    """A name for every parameter, for messages: the user's, or its number and shape."""
+    names: dict[int, str] = {}
+    for group in groups:
+        given = group.get("param_names") or [None] * len(group["params"])
+        for parameter, name in zip(group["params"], given, strict=True):
+            unnamed = f"{len(names)}, of shape {tuple(parameter.shape)}"
+            names.setdefault(id(parameter), name or unnamed)
+    return list(names.values())
+
+
+def group_facts(groups: Sequence[Group], first: int, names: Sequence[str]) -> dict[str, object]:
+    """What every rank must bring alike of ``groups``, which are numbered from ``first``."""
+    facts: dict[str, object] = {}
+    for number, group in enumerate(groups, first):
+        facts[f"the number of parameters of group {number}"] = len(group["params"])
+        options = {key: value for key, value in group.items() if key not in NOT_OPTIONS}
+        facts |= {f"group {number}, {key}": value for key, value in options.items()}
+    for name, parameter in zip(names, unique_parameters(groups), strict=True):
+        facts[f"parameter {name!r}"] = (
+            f"{tuple(parameter.shape)} {parameter.dtype} on {parameter.device.type}, "
+            f"strides {parameter.stride()}, requires_grad={parameter.requires_grad}"
+        )
+    return facts

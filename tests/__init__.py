@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
+
 # Modules with asserts that tests share; pytest rewrites those of test modules by itself.
 HELPERS = tuple(
-    f"tests.{path.stem}"
-    for path in Path(__file__).parent.glob("*.py")
-    if path.stem not in ("__init__", "conftest", "ranks", "rank_process")
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted(Path(__file__).parent.rglob("*.py"))
+    if not path.stem.startswith("test_")
+    and path.stem not in ("__init__", "conftest", "ranks", "rank_process")
 )

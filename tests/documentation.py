@@ -3,7 +3,8 @@
 The blocks stand here as they stand there. ``with_sharded_optimizer`` changes the line that
 constructs the optimizer, and nothing else::
 
-    optim.SGD(model.parameters(), lr=0.01)  ->  ShardedOptimizer(model.parameters(), optim.SGD, lr=0.01)
+    optim.SGD(model.parameters(), lr=0.01)
+    ShardedOptimizer(model.parameters(), optim.SGD, lr=0.01)
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def source_of(name: str) -> str:
 
 
 def with_sharded_optimizer(source: str) -> str:
-    """The same program with each ``optim.SGD(X, ...)`` as ``ShardedOptimizer(X, optim.SGD, ...)``."""
+    """The program with every ``optim.SGD(X, ...)`` as ``ShardedOptimizer(X, optim.SGD, ...)``."""
     return ast.unparse(_ConstructorLine().visit(ast.parse(source)))
 
 
@@ -183,7 +184,8 @@ class Stage:
         optimizer = self.built[-1]
         inputs, target = self.dataset[len(self.seen) % len(self.dataset)]
         optimizer.zero_grad()
-        (loss_fn(self.model(inputs), target) + sum(v.square().mean() for v in self.variables)).backward()
+        loss = loss_fn(self.model(inputs), target)
+        (loss + sum(variable.square().mean() for variable in self.variables)).backward()
         rates = [group["lr"] for group in optimizer.param_groups]
         optimizer.step()
         self.seen.append((rates, self.values()))

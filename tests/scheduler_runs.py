@@ -19,17 +19,21 @@ from tests.scheduler_bank import ALGORITHMS, ROWS, Row, advance, observe
 SHAPES = [[(70, 33), (33,)], [(2500,), ()]]
 
 
-def fresh_groups() -> list[list[Parameter]]:
+def fresh_groups(device: torch.device | str = "cpu") -> list[list[Parameter]]:
     """The same parameters at every call, on every rank."""
     generator = torch.Generator().manual_seed(2)
-    return [[Parameter(torch.randn(s, generator=generator)) for s in shapes] for shapes in SHAPES]
+    return [
+        [Parameter(torch.randn(shape, generator=generator).to(device)) for shape in shapes]
+        for shapes in SHAPES
+    ]
 
 
 def set_gradients(parameters: list[Parameter], step: int) -> None:
     """The gradients of one step: equal on every rank, different at every step."""
     generator = torch.Generator().manual_seed(1000 + step)
     for parameter in parameters:
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        gradient = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = gradient.to(parameter.device)
 
 
 @dataclass
@@ -75,6 +79,7 @@ def start(
     *,
     sharded: bool,
     kernel: str = "torch",
+    device: torch.device | str = "cpu",
     tensor_lr: bool = False,
     saved: dict[str, Any] | None = None,
     **options: Any,
@@ -82,7 +87,7 @@ def start(
     """A run that has not begun, or one that goes on from ``saved`` parameters."""
     row = ROWS[row] if isinstance(row, str) else row
     optimizer_class, shared, second = ALGORITHMS[algorithm]
-    groups = fresh_groups()
+    groups = fresh_groups(device)
     parameters = groups[0] + groups[1]
     for parameter, value in zip(parameters, saved["parameters"] if saved else (), strict=False):
         parameter.data.copy_(value)

@@ -5,15 +5,15 @@ class                                                atom     paper
 ===================================================  =======  ======================================
 SGD                                                  ELEMENT  Sutskever et al. 2013
 Adam, Adamax                                         ELEMENT  Kingma and Ba 2014, arXiv:1412.6980
-AdamW                                                ELEMENT  Loshchilov and Hutter, arXiv:1711.05101
+AdamW                                                ELEMENT  Loshchilov, Hutter, arXiv:1711.05101
 NAdam                                                ELEMENT  Dozat 2016
 RAdam                                                ELEMENT  Liu et al. 2019, arXiv:1908.03265
 Adagrad                                              ELEMENT  Duchi et al. 2011
 Adadelta                                             ELEMENT  Zeiler 2012, arXiv:1212.5701
-RMSprop                                              ELEMENT  Hinton, lecture 6e; Graves, arXiv:1308.0850
+RMSprop                                              ELEMENT  Hinton, lecture 6e; arXiv:1308.0850
 Rprop                                                ELEMENT  Riedmiller and Braun 1993
 ASGD                                                 ELEMENT  Polyak and Juditsky 1992
-Adafactor                                            TENSOR   Shazeer and Stern 2018, arXiv:1804.04235
+Adafactor                                            TENSOR   Shazeer, Stern, arXiv:1804.04235
 Muon                                                 TENSOR   Jordan et al. 2024
 any other                                            TENSOR   its update may read a whole parameter
 ===================================================  =======  ======================================
@@ -152,6 +152,4 @@ for _class, _reason in {
     _optim.SparseAdam: "its state has to be cut by rows",
     _optim.LBFGS: "its inner products have to be summed over ranks",
 }.items():
-    _know(
-        Algorithm(optimizer_class=_class, atom=Atom.TENSOR, cost=math.prod, refusal=_reason)
-    )
+    _know(Algorithm(optimizer_class=_class, atom=Atom.TENSOR, cost=math.prod, refusal=_reason))

@@ -13,7 +13,7 @@ from torch import Tensor
 class Handle(Protocol):
     """A communication under way. Until ``wait`` returns, its tensors belong to it."""
 
-    def wait(self) -> None:
+    def wait(self) -> object:
         """Return when the tensors may be used again (on an accelerator: by the current stream)."""
 
 
@@ -78,18 +78,20 @@ class Collectives(ABC):
 
     @abstractmethod
     def send(self, tensor: Tensor, to: int) -> Handle:
-        """Start to send a contiguous tensor on ``wire_device``; pairs with ``receive``, in order."""
+        """Start to send a contiguous tensor on ``wire_device``; ``receive`` takes it, in order."""
 
     @abstractmethod
     def receive(self, tensor: Tensor, source: int) -> Handle:
-        """Start to fill a contiguous tensor on ``wire_device`` with the next one ``source`` sends."""
+        """Start to fill a contiguous tensor on ``wire_device`` with what ``source`` sends next."""
 
 
 def gather_texts(collectives: Collectives, text: bytes) -> list[bytes]:
     """Every rank's bytes, of any length, by two collectives of fixed size."""
     lengths = collectives.all_gather_rows(torch.tensor([len(text)])).flatten().tolist()
     padded = torch.zeros(max(max(lengths), 1), dtype=torch.uint8)
-    padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else padded[:0]
+    padded[: len(text)] = (
+        torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else padded[:0]
+    )
     rows = collectives.all_gather_rows(padded)
     return [bytes(row[:length].tolist()) for row, length in zip(rows, lengths, strict=True)]
 

@@ -108,14 +108,33 @@ def _own_group(parent: dist.ProcessGroup, timeout: timedelta) -> dist.ProcessGro
     """
     groups = _OWN_GROUPS.setdefault(parent, {})
     if timeout not in groups:
+        ranks = dist.get_process_group_ranks(parent)
+        everyone = len(ranks) == dist.get_world_size()
+        if not everyone:
+            _know_equally_many_groups(parent)
         groups[timeout] = dist.new_group(
-            dist.get_process_group_ranks(parent),
+            ranks,
             timeout=timeout,
             backend=dist.get_backend_config(parent),
-            use_local_synchronization=True,
+            use_local_synchronization=not everyone,
             group_desc="shardopt",
         )
     return groups[timeout]
+
+
+def _know_equally_many_groups(parent: dist.ProcessGroup) -> None:
+    """Let every rank of ``parent`` know as many groups as the one that knows most.
+
+    ``new_group(use_local_synchronization=True)`` needs only the ranks of the new group, but names
+    it after the number of groups that this rank knows (torch 2.13, ``_hash_ranks_to_str``): ranks
+    that differ in it wait for one another under two names, for ever. A group of this rank alone
+    makes up for one that others know.
+    """
+    known = len(dist.distributed_c10d._world.pg_names)
+    counts: list[int] = [0] * dist.get_world_size(parent)
+    dist.all_gather_object(counts, known, group=parent)
+    for _ in range(max(counts) - known):
+        dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
 
 def _wire_device(backends: dict[str, str]) -> torch.device:

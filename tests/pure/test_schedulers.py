@@ -19,11 +19,11 @@ from tests.scheduler_bank import (
     observe,
 )
 
-NAMED_IN_THE_PLAN = (
-    "LambdaLR MultiplicativeLR StepLR MultiStepLR ConstantLR LinearLR ExponentialLR SequentialLR "
-    "CosineAnnealingLR ChainedScheduler ReduceLROnPlateau CyclicLR CosineAnnealingWarmRestarts "
-    "OneCycleLR PolynomialLR SWALR"
-).split()
+PROMISED = """
+    LambdaLR MultiplicativeLR StepLR MultiStepLR ConstantLR LinearLR ExponentialLR SequentialLR
+    CosineAnnealingLR ChainedScheduler ReduceLROnPlateau CyclicLR CosineAnnealingWarmRestarts
+    OneCycleLR PolynomialLR SWALR
+"""
 SCHEDULERS = sorted(all_schedulers(), key=lambda each: each.__name__)
 
 # Arguments that no row can show to matter, and what covers them instead.
@@ -34,7 +34,7 @@ ELSEWHERE = {
 
 
 def options(scheduler: type) -> dict[str, inspect.Parameter]:
-    """The constructor's arguments, ``self`` and the optimizer that all but one class demand apart."""
+    """The constructor's arguments, apart from the optimizer that all but one class demand."""
     found = dict(inspect.signature(scheduler.__init__).parameters)
     del found["self"]
     if scheduler is not ChainedScheduler:
@@ -60,7 +60,7 @@ def course(row: Row, algorithm: str) -> list:
 
 
 def test_every_class_has_a_row():
-    assert {each.__name__ for each in SCHEDULERS} == set(NAMED_IN_THE_PLAN)
+    assert {each.__name__ for each in SCHEDULERS} == set(PROMISED.split())
     assert {row.scheduler for row in ROWS.values()} == set(SCHEDULERS)
 
 
@@ -92,7 +92,8 @@ def test_every_choice_is_taken_by_a_row(scheduler):
         if "Literal" not in str(parameter.annotation):
             continue
         words = set(typing.get_args(eval(parameter.annotation, {"Literal": typing.Literal})))
-        taken = {row.arguments.get(name, parameter.default) for row in ROWS.values() if row.scheduler is scheduler}
+        rows = [row for row in ROWS.values() if row.scheduler is scheduler]
+        taken = {row.arguments.get(name, parameter.default) for row in rows}
         assert taken == words, f"{scheduler.__name__}({name}=)"
 
 

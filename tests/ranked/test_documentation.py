@@ -171,10 +171,15 @@ def test_frozen_layers_join_as_training_goes_on():
 
 @on_ranks(1, 2, 3)
 def test_parameters_without_an_order_are_refused():
-    """The warning: "a deterministic ordering that is consistent between runs", so no sets."""
+    """The warning: "a deterministic ordering that is consistent between runs", so no sets.
+
+    torch refuses a set within a group; ShardedOptimizer one in place of a list too.
+    """
     for construct in (ShardedOptimizer, plain):
         with pytest.raises(TypeError, match="need to be organized in ordered collections"):
             construct([{"params": set(nn.Linear(2, 2).parameters())}], torch.optim.SGD, lr=0.1)
+    with pytest.raises(TypeError, match="need to be organized in ordered collections"):
+        ShardedOptimizer(set(nn.Linear(2, 2).parameters()), torch.optim.SGD, lr=0.1)
 
 
 @on_ranks(1, 2, 3)

@@ -10,9 +10,9 @@ from torch.optim import lr_scheduler
 
 from shardopt.errors import AgreementError
 from shardopt.sched import ReduceLROnPlateau, check_schedules
+from tests.ranks import on_ranks
 from tests.scheduler_bank import EPOCHS, METRICS, ROWS, Row
 from tests.scheduler_runs import Run, assert_same, set_gradients, start
-from tests.ranks import on_ranks
 
 PLATEAU = Row("plateau", ReduceLROnPlateau, {"patience": 1, "factor": 0.5})
 
@@ -28,15 +28,16 @@ def train_on(run: Run, metrics: list[float]) -> Run:
     return run
 
 
-@on_ranks(1, 2, 3)
-def test_plateau_decides_alike_from_different_metrics(rank, world_size):
+@on_ranks(1, 2, 3, also_on_gpu=True)
+def test_plateau_decides_alike_from_different_metrics(rank, world_size, device):
     """Equal to plain torch that is given the mean of all ranks' metrics in float64."""
     noise = [[math.sin(7 * epoch + r) for r in range(world_size)] for epoch in range(EPOCHS)]
     brought = [[m + n for n in ns] for m, ns in zip(METRICS, noise, strict=True)]
-    ours = train_on(start(PLATEAU, "AdamW", sharded=True), [each[rank] for each in brought])
+    ours = start(PLATEAU, "AdamW", sharded=True, device=device)
+    train_on(ours, [torch.tensor(each[rank], dtype=torch.float64) for each in brought])
     torchs = Row("torch", lr_scheduler.ReduceLROnPlateau, PLATEAU.arguments)
     means = [sum(each) / world_size for each in brought]
-    twin = train_on(start(torchs, "AdamW", sharded=False), means)
+    twin = train_on(start(torchs, "AdamW", sharded=False, device=device), means)
     assert_same(ours, twin)
     assert ours.scheduler.state_dict() == twin.scheduler.state_dict()
     check_schedules(ours.scheduler)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CyclicLR, LambdaLR, StepLR
 
+from tests.ranks import on_ranks
 from tests.scheduler_bank import CYCLING, EPOCHS, HALF, ROWS, Decay, Row
 from tests.scheduler_runs import assert_alive, assert_same, set_gradients, start
-from tests.ranks import on_ranks
 
 WITH_LAST_EPOCH = [
     name for name, row in ROWS.items() if "last_epoch" in row.scheduler.__init__.__annotations__
@@ -99,14 +99,14 @@ def test_lr_held_in_a_tensor(row):
         assert group["lr"] is tensor
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, also_on_gpu=True)
 @pytest.mark.parametrize("choice", KERNELS)
 @pytest.mark.parametrize("row", ["CyclicLR momentum lists", "OneCycleLR lists"])
-def test_every_kernel_follows_momentum_and_betas(row, choice):
+def test_every_kernel_follows_momentum_and_betas(row, choice, device):
     """Each reads the cycled momentum or betas anew at every step."""
     algorithm, options, twin_options = KERNELS[choice]
-    ours = start(row, algorithm, sharded=True, **options).train(range(EPOCHS))
-    twin = start(row, algorithm, sharded=False, **twin_options).train(range(EPOCHS))
+    ours = start(row, algorithm, sharded=True, device=device, **options).train(range(EPOCHS))
+    twin = start(row, algorithm, sharded=False, device=device, **twin_options).train(range(EPOCHS))
     assert_same(ours, twin)
 
 

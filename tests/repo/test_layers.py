@@ -14,7 +14,7 @@ LEVELS = (
     {"errors", "layout", "policies"},
     {"comm", "algos", "sched"},
     {"buffers", "planner"},
-    {"reducer", "guard", "shard"},
+    {"reducer", "guard", "shard", "validation"},
     {"optimizer", "state"},
     {"checkpoint"},
     {"cli", "__main__", "integrations", "compat", "selftest"},
@@ -35,7 +35,7 @@ def may_import(importer: str, imported: str) -> bool:
         return True
     if here in STRANGERS and there in STRANGERS:
         return False
-    return LEVEL[there] <= LEVEL[here]
+    return here in LEVEL and there in LEVEL and LEVEL[there] <= LEVEL[here]
 
 
 def import_graph(root=ROOT) -> dict[str, set[str]]:

@@ -1,23 +1,10 @@
-"""State in torch's form: put together from shards, and cut into shards again.
-
-=================  ===========================  ==================================================
-from               to                           by
-=================  ===========================  ==================================================
-shards             full state on one rank       ``consolidate``: sends, one bucket at a time
-full, every rank   shards                       ``load``: each rank cuts its own, nothing travels
-full, one rank     shards                       ``load``: sends, one bucket at a time
-=================  ===========================  ==================================================
-
-What describes the state (names, dtypes, shapes, plain values) travels as text; tensors travel as
-they are, never pickled.
-"""
+"""Full state, from every rank or from one, to shards."""
 
 from __future__ import annotations
 
 import copy
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,200 +12,64 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from shardopt.buffers import dense_strides, in_memory_order
-from shardopt.comm.collectives import broadcast_text, gather_texts
+from shardopt.comm.collectives import broadcast_text
 from shardopt.comm.transfer import receive_tensors, send_tensors
-from shardopt.errors import UnsupportedError
-from shardopt.guard import agree_on_success
+from shardopt.guard import agree, all_or_none
 from shardopt.layout import Segment
 from shardopt.shard import Group, Shard
-
-State = dict[Any, Any]  # of one parameter: name -> tensor or plain value
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """What a tensor of the state looks like, in place of the tensor."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-
-    @staticmethod
-    def of(tensor: Tensor) -> TensorSpec:
-        """Describe ``tensor`` as a dense copy of it would be."""
-        return TensorSpec(tuple(tensor.shape), tuple(dense_strides(tensor)), tensor.dtype)
-
-    def empty(self) -> Tensor:
-        """A tensor like that, on the CPU."""
-        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype)
+from shardopt.state.outline import State, TensorSpec
+from shardopt.validation import check_rank
 
 
-# -- shards -> full --------------------------------------------------------------------------------
-
-
-def consolidate(shard: Shard, to: int | None) -> dict[Any, State]:
-    """Key (parameter index, or the class's own) -> full state, on the CPU of rank ``to``.
-
-    Collective. Other ranks get an empty dict; ``to=None`` serves every rank in turn.
-    """
-    mine = _local_states(shard)
-    outlines = _exchange_outlines(shard, mine)
-    targets = range(shard.collectives.world_size) if to is None else [to]
-    full: dict[Any, State] = {}
-    for target in targets:
-        if target == shard.collectives.rank:
-            full = _receive_full(shard, mine, outlines)
-        else:
-            _send_local(shard, mine, target)
-    return full
-
-
-def _local_states(shard: Shard) -> dict[Any, State]:
-    """Key -> state of this rank's segment; only of segments that have state."""
-    state = shard.optim.state
-    held = {i: state[tensor] for i, (_, tensor) in shard.segments.items() if tensor in state}
-    return held | {key: value for key, value in state.items() if not isinstance(key, Tensor)}
-
-
-def _exchange_outlines(shard: Shard, mine: Mapping[Any, State]) -> list[dict[Any, State]]:
-    """For each rank, its local states with a ``TensorSpec`` for every tensor."""
-    error, text = None, b""
-    try:
-        for state in mine.values():
-            _check_sendable(state)
-        text = pickle.dumps(tree_map_only(Tensor, TensorSpec.of, dict(mine)))
-    except Exception as problem:  # whatever a third-party class keeps: raised on every rank
-        error = problem
-    agree_on_success(shard.collectives, error)
-    return [pickle.loads(rank) for rank in gather_texts(shard.collectives, text)]
-
-
-def _check_sendable(state: State) -> None:
-    for tensor in tree_flatten(state)[0]:
-        if isinstance(tensor, Tensor) and (tensor.layout != torch.strided or tensor.is_quantized):
-            raise UnsupportedError(
-                f"expected dense tensors in the optimizer's state, got {tensor.layout}; "
-                "shardopt cannot move these between ranks"
-            )
-
-
-def _segments_of_bucket(shard: Shard, bucket: int, rank: int, states: Mapping[Any, State]):
-    """The segments of ``rank`` in a bucket that have state, with that state."""
-    for segment in shard.layout.buckets[bucket].segments(rank):
-        if segment.parameter in states:
-            yield segment, states[segment.parameter]
-
-
-def _travelling(shard: Shard, segment: Segment, state: State) -> list[Any]:
-    """The leaves of a segment's state that are sent, in an order both sides know.
-
-    What belongs to a cut parameter as a whole, like ``step``, is sent by its first segment only.
-    """
-    if segment.whole or segment.offset == 0:
-        leaves = tree_flatten(state)[0]
-    else:
-        leaves = [state[name] for name in state if name in shard.algorithm.per_element]
-    return [leaf for leaf in leaves if isinstance(leaf, (Tensor, TensorSpec))]
-
-
-def _send_local(shard: Shard, mine: Mapping[Any, State], target: int) -> None:
-    rank = shard.collectives.rank
-    for bucket in range(len(shard.layout.buckets)):
-        leaves = [
-            in_memory_order(leaf, dense_strides(leaf))
-            for segment, state in _segments_of_bucket(shard, bucket, rank, mine)
-            for leaf in _travelling(shard, segment, state)
-        ]
-        send_tensors(shard.collectives, leaves, target).wait()
-
-
-def _receive_full(
-    shard: Shard, mine: Mapping[Any, State], outlines: Sequence[Mapping[Any, State]]
-) -> dict[Any, State]:
-    rank = shard.collectives.rank
-    full = {key: value for key, value in mine.items() if key not in shard.segments}
-    full = tree_map_only(Tensor, _cpu_copy, full)
-    for bucket in range(len(shard.layout.buckets)):
-        under_way = []
-        for source, outline in enumerate(outlines):
-            outs, local = [], []
-            for segment, specs in _segments_of_bucket(shard, bucket, source, outline):
-                outs += _places_in_full(shard, segment, specs, full)
-                if source == rank:
-                    local += _travelling(shard, segment, mine[segment.parameter])
-            if source == rank:
-                for out, leaf in zip(outs, local, strict=True):
-                    out.copy_(in_memory_order(leaf.detach(), dense_strides(leaf)))
-            else:
-                under_way.append(receive_tensors(shard.collectives, outs, source))
-        for handle in under_way:
-            handle.wait()
-    by_index = sorted(full, key=lambda key: key if isinstance(key, int) else len(shard.parameters))
-    return {key: full[key] for key in by_index}
-
-
-def _cpu_copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
-
-
-def _places_in_full(
-    shard: Shard, segment: Segment, specs: State, full: dict[Any, State]
-) -> list[Tensor]:
-    """Where a segment's travelling leaves go, as flat views; makes room on the first segment."""
-    index = segment.parameter
-    if segment.whole:
-        full[index] = tree_map_only(TensorSpec, TensorSpec.empty, specs)
-        return [in_memory_order(out, out.stride()) for out in _travelling(shard, segment, full[index])]
-    per_element = shard.algorithm.per_element
-    names = {n for n, spec in specs.items() if n in per_element and isinstance(spec, TensorSpec)}
-    if segment.offset == 0:
-        shape, strides = tuple(shard.parameters[index].shape), shard.buffers.strides[index]
-        room = {name: TensorSpec(shape, strides, specs[name].dtype) for name in names}
-        full[index] = tree_map_only(TensorSpec, TensorSpec.empty, {**specs, **room})
-    places = []
-    for name in specs:
-        value = full[index][name]
-        if name in names:
-            flat = in_memory_order(value, value.stride())
-            places.append(flat[segment.offset : segment.offset + segment.numel])
-        elif segment.offset == 0 and isinstance(value, Tensor):
-            places.append(value.view(-1))
-    return places
-
-
-# -- full -> shards --------------------------------------------------------------------------------
-
-
-def load(shard: Shard, groups: Sequence[Group], saved: Any, source: int | None) -> list[Group]:
-    """Cut ``saved`` into this rank's part and let the class load it; return the saved options.
+def load(shard: Shard, groups: Sequence[Group], saved: Any, source: int | None) -> None:
+    """Cut ``saved`` into this rank's part and let the class load it, options into ``groups`` too.
 
     Collective. ``source`` is the rank that brings ``saved``, or ``None`` if every rank does. The
     caller's dict is neither changed nor kept: every tensor is cloned.
     """
     collectives = shard.collectives
     brings = source is None or source == collectives.rank
-    error = None
-    try:
+    remedy = "pass the same from_ on every rank"
+    agree(collectives, {"load_state_dict(from_=)": source}, remedy)
+    check_rank("from_", source, collectives.world_size)
+    with all_or_none(collectives):
         if brings:
             _check(shard, groups, saved)
-    except Exception as problem:
-        error = problem
-    agree_on_success(collectives, error)
+    if source is None:
+        agree(collectives, _facts(saved), "load the same file on every rank, or pass from_=0")
     if source is None or collectives.world_size == 1:
         options, full = copy.deepcopy(saved["param_groups"]), _by_index(shard, groups, saved)
         local = _cut_all(shard, full, collectives.rank)
     else:
         options, local = _scatter(shard, groups, saved, source)
     _load_into_class(shard, groups, options, local)
-    return options
+    for group, saved_group, new in zip(
+        groups, options, shard.options_after_load(options), strict=True
+    ):
+        kept = {"params": group["params"]}
+        if names := saved_group.get("param_names", group.get("param_names")):
+            kept["param_names"] = names
+        group.clear()
+        group.update({**new, **kept})
+
+
+def _facts(saved: Any) -> dict[str, object]:
+    """What tells two saved states apart at a glance: options, and the steps they were saved at."""
+    facts: dict[str, object] = {}
+    for number, group in enumerate(saved["param_groups"]):
+        facts |= {f"saved group {number}, {key}": value for key, value in group.items()}
+    for key, state in saved["state"].items():
+        if isinstance(state, Mapping) and "step" in state:
+            facts[f"saved step of parameter {key}"] = state["step"]
+    return facts
 
 
 def _check(shard: Shard, groups: Sequence[Group], saved: Any) -> None:
     """Refuse what does not fit, in torch's words where torch refuses it too."""
     if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= set(saved):
         raise TypeError(
-            "expected a state_dict with 'state' and 'param_groups', got "
-            f"{type(saved).__name__}; on ranks that have none pass None and from_=<rank that has it>"
+            f"expected a state_dict with 'state' and 'param_groups', got {type(saved).__name__}; "
+            "on ranks that have none pass None and from_=<rank that has it>"
         )
     if len(groups) != len(saved["param_groups"]):
         raise ValueError(
@@ -243,8 +94,10 @@ def _check_shapes(shard: Shard, index: int, state: State) -> None:
             continue
         shape = tuple(shard.parameters[index].shape)
         expected = shard.algorithm.state_shape(name, shape)
-        if expected is not None and value.shape != expected and not (
-            expected == () and value.numel() == 1
+        if (
+            expected is not None
+            and value.shape != expected
+            and not (expected == () and value.numel() == 1)
         ):
             raise ValueError(
                 f"state {name!r} of parameter {shard.layout.parameters[index].name!r}: expected "
@@ -259,7 +112,9 @@ def _by_index(shard: Shard, groups: Sequence[Group], saved: Any) -> dict[Any, St
     index_of = dict(zip(ids, ours, strict=True))
     for key in saved["state"]:
         if isinstance(key, int) and key not in index_of:
-            raise ValueError(f"loaded state dict has state for parameter {key}, which no group lists")
+            raise ValueError(
+                f"loaded state dict has state for parameter {key}, which no group lists"
+            )
     return {index_of.get(key, key): state for key, state in saved["state"].items()}
 
 
@@ -374,7 +229,8 @@ def _load_into_class(
     shard: Shard, groups: Sequence[Group], options: list[Group], local: dict[Any, State]
 ) -> None:
     """Let the class's own ``load_state_dict`` take in this rank's part, at its own indices."""
-    next_id, ids, local_groups = 0, {}, []
+    next_id, local_groups = 0, []
+    ids: dict[Any, int] = {}
     for group, loaded in zip(groups, shard.load_groups(options), strict=True):
         held = [shard.index(p) for p in group["params"] if shard.index(p) in shard.segments]
         local_groups.append({**loaded, "params": list(range(next_id, next_id + len(held)))})

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -97,11 +97,11 @@ class Slot:
 
 @dataclass(frozen=True)
 class Segment:
-    """The part of one parameter that lies in one shard; ``offset`` counts from its first element."""
+    """The part of one parameter that lies in one shard."""
 
     parameter: int
     start: int  # in the bucket
-    offset: int  # in the parameter
+    offset: int  # in the parameter, from its first element
     numel: int
     whole: bool  # the shard holds all of the parameter
 
@@ -133,7 +133,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Layout:
-    """All buckets of an optimizer, proved on construction: aligned, in bounds, disjoint, complete."""
+    """All buckets of an optimizer, proved: aligned, in bounds, disjoint, complete."""
 
     parameters: tuple[ParameterSpec, ...]
     world_size: int
@@ -168,131 +168,25 @@ class Layout:
             for rank in range(self.world_size):
                 held = ", ".join(
                     self.parameters[segment.parameter].name
-                    + ("" if segment.whole else f"[{segment.offset}:{segment.offset + segment.numel}]")
+                    + (
+                        ""
+                        if segment.whole
+                        else f"[{segment.offset}:{segment.offset + segment.numel}]"
+                    )
                     for segment in bucket.segments(rank)
                 )
-                lines.append(f"  rank {rank} [{bucket.borders[rank]}, {bucket.borders[rank + 1]})  {held}")
+                lines.append(
+                    f"  rank {rank} [{bucket.borders[rank]}, {bucket.borders[rank + 1]})  {held}"
+                )
         return "\n".join(lines)
-
-
-def plan_layout(
-    parameters: Sequence[ParameterSpec],
-    atoms: Atom | Sequence[Atom],  # one for all, or one to a parameter
-    *,
-    world_size: int,
-    bucket_bytes: int,
-    extend: Layout | None = None,
-) -> Layout:
-    """Place ``parameters`` into buckets of about ``bucket_bytes`` and cut these into shards.
-
-    A bucket is closed when the next parameter would take it over ``bucket_bytes``; a parameter
-    larger than that has a bucket of its own. With ``extend`` the new parameters get buckets of
-    their own after that layout's, which stay as they are.
-    """
-    parameters = tuple(parameters)
-    atoms = (atoms,) * len(parameters) if isinstance(atoms, Atom) else tuple(atoms)
-    known = extend.parameters if extend else ()
-    everything = known + parameters
-    loads = [0] * world_size
-    if extend:
-        for rank in range(world_size):
-            loads[rank] = sum(
-                everything[segment.parameter].cost
-                for bucket in extend.buckets
-                for segment in bucket.segments(rank)
-                if segment.whole
-            )
-    first = len(known)
-    tensors = [first + i for i, atom in enumerate(atoms) if atom is Atom.TENSOR]
-    owners = _balance(tensors, everything, loads)
-    buckets = []
-    for (dtype, device, atom), members in _fill(everything, atoms, first, bucket_bytes):
-        if atom is Atom.TENSOR:
-            slots, borders = _cut_between_tensors(members, everything, owners, world_size)
-        else:
-            slots, end = _lay_end_to_end(members, everything)
-            cut = _cut_evenly if atom is Atom.ELEMENT else _cut_between_rows
-            borders = cut(slots, end, everything, world_size)
-        buckets.append(Bucket(dtype, device, atom, slots, borders))
-    return Layout(everything, world_size, (extend.buckets if extend else ()) + tuple(buckets))
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-def _extent(numel: int) -> int:
-    """Elements a slot takes up. A zero-size parameter takes some, so that one shard holds it."""
-    return _round_up(max(numel, 1), SLOT_ALIGNMENT)
-
-
-def _fill(parameters, atoms, first, bucket_bytes):
-    """Yield ``(dtype, device, atom), [parameter, ...]`` for each bucket, in order of closing."""
-    open_buckets: dict[tuple, tuple[list[int], int]] = {}
-    done = []
-    for index in reversed(range(first, len(parameters))):
-        spec = parameters[index]
-        key = (spec.dtype, spec.device, atoms[index - first])
-        size = _extent(spec.numel) * spec.dtype.itemsize
-        members, used = open_buckets.get(key, ([], 0))
-        if members and used + size > bucket_bytes:
-            done.append((key, members))
-            members, used = [], 0
-        open_buckets[key] = ([*members, index], used + size)
-    return done + [(key, members) for key, (members, _) in open_buckets.items()]
-
-
-def _lay_end_to_end(members, parameters, start=0):
-    slots = []
-    for index in members:
-        slots.append(Slot(index, start, parameters[index].numel))
-        start += _extent(parameters[index].numel)
-    return tuple(slots), start
-
-
-def _cut_evenly(slots, end, parameters, world_size):
-    shard = _round_up(-(-end // world_size), SHARD_ALIGNMENT)
-    return tuple(shard * rank for rank in range(world_size + 1))
-
-
-def _cut_between_rows(slots, end, parameters, world_size):
-    """Borders on the row borders nearest to an even cut."""
-    borders = [0]
-    for rank in range(1, world_size):
-        even = end * rank // world_size
-        slot = max((s for s in slots if s.start <= even), key=lambda s: s.start)
-        row = max(parameters[slot.parameter].row_numel, 1)
-        next_start = slot.start + _extent(slot.numel)
-        inside = slot.start + round((even - slot.start) / row) * row
-        border = inside if inside < slot.stop else next_start
-        borders.append(max(border, borders[-1]))
-    return (*borders, end)
-
-
-def _balance(tensors, parameters, loads):
-    """Owner of each whole parameter: the costliest first, to the rank with the least so far."""
-    owners = {}
-    for index in sorted(tensors, key=lambda i: (-parameters[i].cost, i)):
-        owner = loads.index(min(loads))
-        owners[index] = owner
-        loads[owner] += parameters[index].cost
-    return owners
-
-
-def _cut_between_tensors(members, parameters, owners, world_size):
-    slots, borders = (), [0]
-    for rank in range(world_size):
-        mine = [index for index in members if owners[index] == rank]
-        placed, end = _lay_end_to_end(mine, parameters, borders[-1])
-        slots += placed
-        borders.append(_round_up(end, SHARD_ALIGNMENT))
-    return slots, tuple(borders)
 
 
 def _prove(bucket: Bucket, layout: Layout) -> None:
     """Assert what everything else relies on; a failure is a bug of the planner, not of a user."""
     borders = bucket.borders
-    assert len(borders) == layout.world_size + 1 and borders[0] == 0, "borders are not world_size + 1"
+    assert len(borders) == layout.world_size + 1 and borders[0] == 0, (
+        "borders are not world_size + 1"
+    )
     assert all(low <= high for low, high in pairwise(borders)), "borders run backwards"
     if bucket.atom is Atom.ELEMENT:
         shard = borders[1]
@@ -302,7 +196,9 @@ def _prove(bucket: Bucket, layout: Layout) -> None:
     assert all(a.stop <= b.start for a, b in pairwise(bucket.slots)), "slots overlap"
     for slot in bucket.slots:
         spec = layout.parameters[slot.parameter]
-        assert (spec.numel, spec.dtype) == (slot.numel, bucket.dtype), "a slot does not fit its parameter"
+        assert (spec.numel, spec.dtype) == (slot.numel, bucket.dtype), (
+            "a slot does not fit its parameter"
+        )
         assert slot.stop <= bucket.numel, "a slot is out of bounds"
         inside = [border - slot.start for border in borders if slot.start < border < slot.stop]
         assert not inside or bucket.atom is not Atom.TENSOR, "a border cuts a whole parameter"

@@ -1,0 +1,249 @@
+"""The training run: what every rank does, from the text to the proof."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from corpus import Corpus, read_corpus
+from gpt import GPT, summed_loss
+from options import SIZES, Options, Refused, fill_in
+from proof import Twin, chosen_kernel
+from ranks import Ranks
+from recipe import build_optimizer, build_scheduler
+from report import History, Report, bits, draw, memory_table, state_bytes
+from saved_run import prepare_directory, read_run, write_run
+from torch import Tensor
+
+from shardopt import sched
+
+
+class Job:
+    """A run, new or resumed. Every method with a verb for a name is called on every rank.
+
+    Every rank computes the same model on its own part of each global batch; DDP averages the
+    gradients; the sharded optimizer updates a part of the parameters on each rank and gathers them.
+
+    Args:
+        given: the options that were given, by name.
+        ranks: the processes.
+
+    Raises:
+        Refused: on every rank, with one message.
+    """
+
+    def __init__(self, given: Mapping[str, Any], ranks: Ranks):
+        self.ranks = ranks
+        run = _agree_on_run(given, ranks)
+        self.options: Options = run["options"]
+        self.first_step = self.step = int(run["step"])  # how many are done
+        self.history = History(**run["history"])
+        self.corpus = _agree_on_corpus(self.options, ranks)
+        self.model = new_model(self.options).to(ranks.device)
+        if "model" in run:
+            self.model.load_state_dict(run["model"])
+        self.replica = ranks.replicate(self.model)
+        self.optimizer = build_optimizer(self.model.parameters(), self.options)
+        self.scheduler = build_scheduler(self.optimizer, self.options)
+        if self.step > 0:
+            self.optimizer.load_state_dict(run.get("optimizer"), from_=0)
+            self.scheduler.load_state_dict(run["scheduler"])
+            sched.check_schedules(self.scheduler)
+        # DDP orders its buckets anew after the first backward, and with it the sums of three ranks
+        # and more: after one that counts for nothing, a resumed run rounds like an undisturbed one.
+        self._backward(self.step)
+        self.seconds = 0.0  # of training, without evaluation and saving
+        self.report = Report(ranks.is_first, first_step=self.step, steps=self.options.steps)
+
+    def run(self) -> str | None:
+        """Train, save, draw, prove; returns what the proof found wrong, or ``None``."""
+        options = self.options
+        self.report.say(self.introduction())
+        if self.step == 0:
+            self._evaluate()
+        for stop in range(self.step + 1, options.steps + 1):
+            evaluates, saves = (
+                self._is_due(stop, options.eval_every),
+                self._is_due(stop, options.save_every),
+            )
+            if evaluates or saves:
+                self._train_until(stop)
+            if evaluates:
+                self._evaluate()
+            if saves:
+                saved = self._save()
+        self.report.close()
+        self._summarise()
+        return self._prove(saved)
+
+    def _is_due(self, step: int, every: int) -> bool:
+        return step == self.options.steps or (every > 0 and step % every == 0)
+
+    # -- training ------------------------------------------------------------------------------
+
+    def _train_until(self, stop: int) -> None:
+        started = time.perf_counter()
+        shares = []
+        while self.step < stop:
+            shares.append(self._backward(self.step))
+            self.history.lr.append(float(self.optimizer.param_groups[0]["lr"]))
+            self.optimizer.step()
+            if self.options.scheduler != "plateau":  # which evaluations step
+                self.scheduler.step()
+            self.step += 1
+            self.report.stepped(shares[-1] * self.ranks.world_size)
+        self.ranks.wait_for_device()
+        self.seconds += time.perf_counter() - started
+        # One exchange for the losses of all these steps.
+        self.history.training += self.ranks.sum(torch.stack(shares)).tolist()
+
+    def _backward(self, step: int) -> Tensor:
+        """Gradients of the global batch; returns this rank's share of its mean loss.
+
+        Shares add up to the mean even where the batch cannot be dealt out evenly. DDP takes the
+        mean over ranks, so each share goes in times their number.
+        """
+        options = self.options
+        bytes_in, bytes_out = self.corpus.batch(
+            step, seed=options.seed, size=options.batch, context=options.context, ranks=self.ranks
+        )
+        self.optimizer.zero_grad()
+        share = summed_loss(self.replica(bytes_in), bytes_out) / (options.batch * options.context)
+        (share * self.ranks.world_size).backward()
+        return share.detach()
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        bytes_in, bytes_out = self.corpus.held_out_part(self.options.context, self.ranks)
+        loss = summed_loss(self.model(bytes_in), bytes_out).double()
+        total, count = self.ranks.sum(torch.stack([loss, loss.new_tensor(bytes_out.numel())]))
+        held_out = float(total / count)
+        self.history.held_out.append((self.step, held_out))
+        if self.options.scheduler == "plateau" and self.step > 0:
+            self.scheduler.step(held_out)  # type: ignore[arg-type]  # a metric
+        self.report.evaluated(self.history)
+
+    # -- what is left behind -------------------------------------------------------------------
+
+    def _save(self) -> Path | None:
+        """Write the run; returns the file on the first rank."""
+        self.optimizer.consolidate_state_dict(to=0)
+        if not self.ranks.is_first:
+            return None
+        run = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "step": self.step,
+            "options": asdict(self.options),
+            "history": asdict(self.history),
+        }
+        return write_run(Path(self.options.save), run)
+
+    def _summarise(self) -> None:
+        options = self.options
+        by_rank = self.ranks.from_all(state_bytes(self.optimizer.optim))
+        num_steps = self.step - self.first_step
+        rate = num_steps * options.batch * options.context / self.seconds
+        first, last = self.history.held_out[0][1], self.history.held_out[-1][1]
+        self.report.say(
+            f"\ntrained {num_steps} steps in {self.seconds:.1f} s, {rate:,.0f} tokens/s"
+            f"\nheld-out loss {first:.3f} -> {last:.3f} nats, {bits(first):.3f} -> {bits(last):.3f}"
+            f" bits a byte\n\n{memory_table(by_rank, options.optimizer)}\n"
+        )
+        if self.ranks.is_first:
+            draw(Path(options.plot), self.history, f"{options.optimizer}, {self.ranks}")
+            self.report.say(f"curves  {options.plot}")
+
+    def _prove(self, saved: Path | None) -> str | None:
+        """One more step, here and by plain ``torch.optim`` from the saved file, must be equal."""
+        by_rank = self.ranks.from_all(state_bytes(self.optimizer.optim))
+        self._backward(self.step)
+        twin = None
+        if saved is not None:
+            model = new_model(self.options).to(self.ranks.device)
+            twin = Twin(saved, model, self.options, chosen_kernel(self.optimizer))
+            twin.step(parameter.grad for parameter in self.model.parameters())
+        self.optimizer.step()
+        difference = twin.difference(self.model, sum(by_rank)) if twin is not None else None
+        plain = f"torch.optim.{self.options.optimizer}"
+        self.report.say(
+            f"saved   {saved}\nproof   "
+            + (
+                f"it loads into plain {plain}, whose next step is equal, bit for bit"
+                if difference is None
+                else f"FAILED: it loads into plain {plain}, but {difference}"
+            )
+        )
+        return self.ranks.from_first(difference)
+
+    def introduction(self) -> str:
+        options = self.options
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        begins = f"resumed after step {self.step}" if self.step else "a new run"
+        return (
+            f"text       {self.corpus}\n"
+            f"model      {options.size}, {parameters:,} parameters\n"
+            f"optimizer  {options.optimizer}, lr {options.lr:g}, schedule {options.scheduler}\n"
+            f"run        {begins}, {options.steps} steps in all, on {self.ranks}\n"
+        )
+
+
+def new_model(options: Options) -> GPT:
+    """The model with the weights that the seed stands for."""
+    size = SIZES[options.size]
+    torch.manual_seed(options.seed)
+    return GPT(
+        num_layers=size.num_layers,
+        num_heads=size.num_heads,
+        width=size.width,
+        context=options.context,
+    )
+
+
+def _agree_on_run(given: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """The options and what else a resumed run was saved with; the first rank reads the file.
+
+    It alone keeps weights and optimizer state: DDP and the sharded optimizer hand them out.
+    """
+    run: dict[str, Any] = {}
+    if ranks.is_first:
+        try:
+            run = _prepare_run(given, ranks.world_size)
+        except Refused as refusal:
+            run = {"refusal": str(refusal)}
+    small = {name: value for name, value in run.items() if name not in ("model", "optimizer")}
+    small = ranks.from_first(small)
+    if "refusal" in small:
+        raise Refused(small["refusal"])
+    return {**run, **small}
+
+
+def _prepare_run(given: Mapping[str, Any], world_size: int) -> dict[str, Any]:
+    run: dict[str, Any] = {"step": 0, "history": {}, "options": None}
+    if "resume" in given:
+        run = read_run(Path(given["resume"]))
+    options = fill_in(given, run["options"], world_size=world_size)
+    if run["step"] >= options.steps:
+        raise Refused(
+            f"--steps: expected more than the {run['step']} steps that the resumed run has done,"
+            f" got {options.steps}; there is nothing left to train"
+        )
+    prepare_directory(Path(options.save), "--save")
+    prepare_directory(Path(options.plot).parent, "--plot")
+    return {**run, "options": options}
+
+
+def _agree_on_corpus(options: Options, ranks: Ranks) -> Corpus:
+    corpus = read_corpus()
+    corpus.check_context(options.context)
+    hashes = ranks.from_all(corpus.sha256)
+    for rank, sha256 in enumerate(hashes):
+        if sha256 != hashes[0]:
+            raise Refused(
+                f"expected the same text on every rank, got sha256 {hashes[0]} on rank 0 and"
+                f" {sha256} on rank {rank}; run the same Python on every machine"
+            )
+    return corpus.to(ranks.device)

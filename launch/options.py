@@ -1,0 +1,270 @@
+"""The options of ``train.py``, and what it says about bad ones.
+
+Torch is not imported here: ``--help`` and a refusal come at once.
+"""
+
+import argparse
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
+
+
+class Refused(Exception):
+    """The run cannot start; the message is one line that says expected, got, and the remedy."""
+
+
+class Size(NamedTuple):
+    """A preset: the model, and the batch and length of run that suit it."""
+
+    num_layers: int
+    num_heads: int
+    width: int
+    context: int  # bytes
+    batch: int  # windows of one step, over all ranks
+    steps: int
+
+
+SIZES = {
+    "tiny": Size(2, 2, 32, context=32, batch=6, steps=50),
+    "small": Size(4, 4, 128, context=64, batch=16, steps=1000),
+    "medium": Size(8, 8, 512, context=256, batch=64, steps=4000),
+}
+
+
+class Recipe(NamedTuple):
+    """A class of ``torch.optim`` with the options it is tried with here."""
+
+    lr: float
+    options: Mapping[str, Any] = {}
+    has_weight_decay: bool = True
+
+
+OPTIMIZERS = {
+    "AdamW": Recipe(lr=4e-3),
+    "Adam": Recipe(lr=4e-3),
+    "Adamax": Recipe(lr=8e-3),
+    "NAdam": Recipe(lr=4e-3),
+    "RAdam": Recipe(lr=4e-3),
+    "Adagrad": Recipe(lr=2e-2),
+    "Adadelta": Recipe(lr=1.0),
+    "RMSprop": Recipe(lr=1e-3),
+    "Rprop": Recipe(lr=1e-3, has_weight_decay=False),
+    "SGD": Recipe(lr=0.1, options={"momentum": 0.9}),
+    "ASGD": Recipe(lr=0.5),
+    "Adafactor": Recipe(lr=2e-2),
+}
+NOT_HERE = {
+    "Muon": "it takes matrices alone, and a GPT has norms, too; choose AdamW or Adafactor",
+    "LBFGS": "it reevaluates the model within a step, over all the text; choose AdamW",
+    "SparseAdam": "it takes sparse gradients alone, and these are dense; choose Adam",
+}
+SCHEDULERS = {
+    "none": "the lr stays",
+    "cosine": "warm-up over a twentieth of the steps, then half a cosine down to a tenth",
+    "linear": "a straight line down to a tenth",
+    "step": "times 0.3 after each third of the steps",
+    "onecycle": "OneCycleLR with --lr as its peak",
+    "plateau": "times 0.5 once the held-out loss has not improved for two evaluations",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """All options, filled in. What is ``None`` is the choice of the optimizer class."""
+
+    optimizer: str = "AdamW"
+    scheduler: str = "cosine"
+    lr: float
+    weight_decay: float | None = None
+    size: str = "small"
+    steps: int
+    batch: int
+    context: int
+    seed: int = 0
+    eval_every: int
+    save_every: int = 0
+    out: str = "runs"
+    save: str
+    plot: str
+    resume: str | None = None
+    kernel: str = "auto"
+    device: str = "auto"
+
+
+# What makes a run this run and no other. A resumed run takes it from the file.
+IDENTITY = ("optimizer", "scheduler", "lr", "weight_decay", "size", "batch", "context", "seed")
+PLANNED = ("cosine", "linear", "step", "onecycle")  # schedules laid out over --steps
+
+
+def parse(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """The options that were given, by name; nothing stands for those that were not."""
+    parser = _Parser(
+        prog="train.py",
+        description="Train a GPT over bytes on the source of Python's standard library,\n"
+        "with the optimizer state sharded over the ranks.",
+        epilog="one process:\n  python launch/train.py\n"
+        "two ranks, on two GPUs or on CPU:\n"
+        "  python -m torch.distributed.run --standalone --nproc-per-node 2 launch/train.py",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    _add_what_to_train(parser)
+    _add_where_and_when(parser)
+    return vars(parser.parse_args(arguments))
+
+
+def _add_what_to_train(parser: argparse.ArgumentParser) -> None:
+    schedules = "; ".join(f"{name}: {what}" for name, what in SCHEDULERS.items())
+    sizes = "; ".join(
+        f"{name}: {size.num_layers} layers of width {size.width}, context {size.context}, "
+        f"batch {size.batch}, {size.steps} steps"
+        for name, size in SIZES.items()
+    )
+    add = parser.add_argument_group("what is trained").add_argument
+    add("--optimizer", type=_optimizer, metavar="CLASS",
+        help=f"a class of torch.optim: {', '.join(OPTIMIZERS)} (default AdamW)")  # fmt: skip
+    add("--scheduler", type=_one_of(SCHEDULERS), metavar="NAME",
+        help=f"{schedules} (default cosine)")  # fmt: skip
+    add("--lr", type=_number(above=0), help="learning rate (default: one that suits the optimizer)")
+    add("--weight-decay", type=_number(least=0), metavar="X", help="default: that of the optimizer")
+    add("--size", type=_one_of(SIZES), metavar="NAME", help=f"{sizes} (default small)")
+    add("--steps", type=_whole(1), metavar="N", help="steps in all, those before a resume included")
+    add("--batch", type=_whole(1), metavar="N", help="windows of one step, over all ranks")
+    add("--context", type=_whole(2), metavar="N", help="bytes in a window")
+    add("--seed", type=_whole(0), metavar="N", help="of weights and order of data (default 0)")
+
+
+def _add_where_and_when(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("where, and when").add_argument
+    kernels = "auto: torch's fused kernel where there is one; torch: torch's own default"
+    add("--eval-every", type=_whole(1), metavar="N",
+        help="steps between two evaluations (default: a tenth of the steps)")  # fmt: skip
+    add("--out", metavar="DIR", help="directory of all that is written (default runs)")
+    add("--save", metavar="DIR", help="directory of the saved runs, step-N.pt (default: --out)")
+    add("--save-every", type=_whole(0), metavar="N",
+        help="steps between two saves; 0: at the end only (default 0)")  # fmt: skip
+    add("--resume", metavar="PATH",
+        help="a saved run, or a directory: its latest; any number of ranks")  # fmt: skip
+    add("--plot", metavar="PATH", help="the curves, a PNG (default: curves.png in --out)")
+    add("--kernel", type=_one_of(("auto", "torch")), metavar="NAME",
+        help=f"{kernels} (default auto)")  # fmt: skip
+    add("--device", type=_one_of(("auto", "cpu", "cuda")), metavar="NAME",
+        help="auto takes GPUs where there are any (default auto)")  # fmt: skip
+
+
+def fill_in(
+    given: Mapping[str, Any], saved: Mapping[str, Any] | None = None, *, world_size: int = 1
+) -> Options:
+    """``given`` completed by what a resumed run was ``saved`` with, and by defaults; checked."""
+    if saved is not None:
+        _check_same_run(given, saved)
+        kept = {name: saved[name] for name in (*IDENTITY, "steps")}
+        given = {**kept, **given}
+    size = SIZES[given.get("size", Options.size)]
+    steps = given.get("steps", size.steps)
+    out = given.get("out", Options.out)
+    defaults = {
+        "lr": OPTIMIZERS[given.get("optimizer", Options.optimizer)].lr,
+        "steps": steps,
+        "batch": size.batch,
+        "context": size.context,
+        "eval_every": max(1, steps // 10),
+        "save": out,
+        "plot": f"{out}/curves.png",
+    }
+    options = Options(**{**defaults, **given})
+    _check(options, world_size)
+    return options
+
+
+def _check(options: Options, world_size: int) -> None:
+    if options.batch < world_size:
+        raise Refused(
+            f"--batch: expected at least {world_size} windows, one for each rank,"
+            f" got {options.batch}; ask for a larger batch or fewer ranks"
+        )
+    if options.weight_decay is not None and not OPTIMIZERS[options.optimizer].has_weight_decay:
+        raise Refused(
+            f"--weight-decay: expected none with {options.optimizer}, which has no such option,"
+            f" got {options.weight_decay}; leave it out"
+        )
+    if not options.plot.endswith(".png"):
+        raise Refused(f"--plot: expected a name that ends in .png, got {options.plot!r}; rename it")
+
+
+def _check_same_run(given: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Refuse options that would make of the resumed run another one."""
+    for name in IDENTITY:
+        if name in given and given[name] != saved[name]:
+            option = "--" + name.replace("_", "-")
+            raise Refused(
+                f"{option}: expected {saved[name]}, with which the resumed run was saved, got"
+                f" {given[name]}; leave {option} out, or start a new run without --resume"
+            )
+    steps = given.get("steps", saved["steps"])
+    if steps != saved["steps"] and saved["scheduler"] in PLANNED:
+        raise Refused(
+            f"--steps: expected {saved['steps']}, over which the {saved['scheduler']} schedule of"
+            f" the resumed run is laid out, got {steps}; leave --steps out"
+        )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line and no usage: the option at fault would scroll away."""
+        unknown = "" if "expected" in message else "; python launch/train.py --help lists all"
+        raise Refused(message.removeprefix("argument ") + unknown)
+
+
+def _optimizer(text: str) -> str:
+    if text in NOT_HERE:
+        raise argparse.ArgumentTypeError(
+            f"expected an optimizer that can train all of a GPT, got {text}: {NOT_HERE[text]}"
+        )
+    return _one_of(OPTIMIZERS)(text)
+
+
+def _one_of(names: Sequence[str] | Mapping[str, Any]) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text in names:
+            return text
+        folded = {name.lower(): name for name in names}
+        close = difflib.get_close_matches(text.lower(), folded, n=1)
+        remedy = f"did you mean {folded[close[0]]}?" if close else "choose one of these"
+        raise argparse.ArgumentTypeError(
+            f"expected one of {', '.join(names)}, got {text!r}; {remedy}"
+        )
+
+    return read
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number of at least {least}, got {text!r}; correct it"
+            )
+        return value
+
+    return read
+
+
+def _number(*, least: float = -math.inf, above: float = -math.inf) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (value >= least and value > above and value < math.inf):
+            bound = f"above {above:g}" if above > least else f"of at least {least:g}"
+            raise argparse.ArgumentTypeError(f"expected a number {bound}, got {text!r}; correct it")
+        return value
+
+    return read

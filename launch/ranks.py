@@ -1,0 +1,101 @@
+"""The processes of a run: alone, or as many as a launcher such as torchrun has started."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from options import Refused
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which rank this is, of how many, and where it computes."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def __str__(self) -> str:
+        backend = f" over {dist.get_backend()}" if dist.is_initialized() else ""
+        ranks = "1 process" if self.world_size == 1 else f"{self.world_size} ranks"
+        return f"{ranks}{backend} on {self.device.type}"
+
+    def replicate(self, model: nn.Module) -> nn.Module:
+        """``model`` with gradients averaged over the ranks, and the first rank's weights.
+
+        One rank has nothing to average.
+        """
+        if self.world_size == 1:
+            return model
+        return DistributedDataParallel(model)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def from_first(self, value: T) -> T:
+        """The first rank's ``value``, a small object, on every rank."""
+        values: list[Any] = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def from_all(self, value: T) -> list[T]:
+        """Every rank's ``value``, a small object, on every rank."""
+        values: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def wait_for_device(self) -> None:
+        """Return when this rank's device has done what it was given; clocks need it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def start_ranks(device: str) -> Ranks:
+    """Join the other processes, if a launcher has started any.
+
+    Args:
+        device: ``"cpu"``, ``"cuda"`` (one GPU to a rank) or ``"auto"``.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = torch.device("cpu")
+    if device == "cuda":
+        place = torch.device("cuda", _own_gpu())
+        torch.cuda.set_device(place)
+    if "WORLD_SIZE" not in os.environ:
+        return Ranks(0, 1, place)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    return Ranks(dist.get_rank(), dist.get_world_size(), place)
+
+
+def _own_gpu() -> int:
+    wanted = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if torch.cuda.device_count() < wanted:
+        raise Refused(
+            f"--device cuda: expected a GPU for each of {wanted} ranks on this machine, got"
+            f" {torch.cuda.device_count()}; start fewer ranks, or choose --device cpu"
+        )
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def stop_ranks() -> None:
+    """Leave the other processes; NCCL complains of those that only go."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
