@@ -6,80 +6,55 @@
 Each round times, in turn and on the same ranks, ``dist.gather`` into fresh CPU tensors,
 ``ShardedOptimizer.consolidate_state_dict(to=0)`` and ZeroRedundancyOptimizer's; the ratio is taken
 within a round and the median over rounds is printed. Memory is the growth of a rank's peak resident
-set (``VmHWM``) during one consolidation.
+set (``VmHWM``) during its first consolidation.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import pathlib
-import re
 import statistics
-import tempfile
-import time
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from common import MB, from_all_ranks, on_ranks, peak_growth, ratio, timed
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from shardopt import ShardedOptimizer
 
-MB = 10**6
-
 
 def main() -> None:
-    """Parse the command line and start the ranks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--megabytes", type=int, default=48, help="optimizer state of one rank")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run, (arguments, f"{folder}/rendezvous"), arguments.ranks)
+    on_ranks(arguments.ranks, measure, arguments)
 
 
-def run(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
-    """Measure on one rank; rank 0 prints."""
-    torch.set_num_threads(1)
-    world_size = arguments.ranks
-    dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size
-    )
-    shard_numel = arguments.megabytes * MB // 8  # two fp32 moments
-    width = int((shard_numel * world_size / arguments.layers) ** 0.5)
-    ours, theirs = (
-        trained(optimizer_class, arguments.layers, width)
-        for optimizer_class in (ShardedOptimizer, ZeroRedundancyOptimizer)
-    )
-    seconds: dict[str, list[float]] = {"gather": [], "ours": [], "zero": []}
-    growth = 0.0
-    for round_number in range(arguments.rounds + 1):
-        shard = torch.zeros(2 * width * width * arguments.layers // world_size)
-        taken = {
-            "gather": timed(lambda shard=shard: gather(shard, rank, world_size)),
-            "ours": timed(lambda: ours.consolidate_state_dict(to=0)),
-        }
-        if round_number < 2:  # slow, and only for scale
-            taken["zero"] = timed(lambda: theirs.consolidate_state_dict(to=0))
-            theirs._all_state_dicts = []
-        ours._snapshot.forget()
-        if round_number:  # the first warms up
-            for name, value in taken.items():
-                seconds[name].append(value)
-    gc.collect()
-    growth = grown(lambda: ours.consolidate_state_dict(to=0))
-    growths = [torch.zeros(1) for _ in range(world_size)]
-    dist.all_gather(growths, torch.tensor([growth]))
+def measure(rank: int, arguments: argparse.Namespace) -> None:
+    """Time the three ways in turn; rank 0 prints."""
+    numel = arguments.megabytes * MB * arguments.ranks // 8  # two fp32 moments
+    width = int((numel / arguments.layers) ** 0.5)
+    ours = trained(ShardedOptimizer, arguments.layers, width)
+    zero = trained(ZeroRedundancyOptimizer, arguments.layers, width)
+    growth = from_all_ranks(peak_growth(ours.consolidate_state_dict))
+    shard = torch.zeros(2 * width * width * arguments.layers // arguments.ranks)
+    seconds: dict[str, list[float]] = {"dist.gather": [], "ShardedOptimizer": [], "zero": []}
+    for _ in range(arguments.rounds):
+        seconds["dist.gather"].append(timed(lambda: gather(shard, rank, arguments.ranks)))
+        seconds["ShardedOptimizer"].append(timed(ours.consolidate_state_dict))
+    for _ in range(2):
+        seconds["zero"].append(timed(zero.consolidate_state_dict))
     if rank == 0:
-        report(seconds, [float(value) for value in growths], arguments)
-    dist.barrier()
-    dist.destroy_process_group()
+        print(f"{arguments.megabytes} MB a rank, {arguments.ranks} gloo ranks, {torch.__version__}")
+        for name, values in seconds.items():
+            print(f"  {name:18}{statistics.median(values) * 1e3:9.1f} ms")
+        print(f"  ours / gather: {ratio(seconds['ShardedOptimizer'], seconds['dist.gather'])}")
+        print(f"  peak growth of each rank, MB: {[round(value, 1) for value in growth]}")
 
 
-def trained(optimizer_class: type, layers: int, width: int):
+def trained(optimizer_class: type, layers: int, width: int) -> ShardedOptimizer:
     """An AdamW over square matrices that has taken one step."""
     parameters = [torch.nn.Parameter(torch.zeros(width, width)) for _ in range(layers)]
     optimizer = optimizer_class(parameters, torch.optim.AdamW, lr=1e-3)
@@ -90,49 +65,10 @@ def trained(optimizer_class: type, layers: int, width: int):
     return optimizer
 
 
-def gather(shard: torch.Tensor, rank: int, world_size: int) -> None:
+def gather(shard: torch.Tensor, rank: int, num_ranks: int) -> None:
     """The floor: every rank's bytes into fresh tensors on rank 0."""
-    outs = [torch.empty_like(shard) for _ in range(world_size)] if rank == 0 else None
+    outs = [torch.empty_like(shard) for _ in range(num_ranks)] if rank == 0 else None
     dist.gather(shard, outs, dst=0)
-
-
-def timed(action) -> float:
-    """Seconds until every rank is done."""
-    dist.barrier()
-    start = time.perf_counter()
-    action()
-    dist.barrier()
-    return time.perf_counter() - start
-
-
-def grown(action) -> float:
-    """Megabytes by which the peak resident set rises over what is resident now."""
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = resident("VmRSS")
-    action()
-    return resident("VmHWM") - before
-
-
-def resident(field: str) -> float:
-    """A field of this process's status, in megabytes."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024 / MB
-
-
-def report(seconds: dict[str, list[float]], growths: list[float], arguments) -> None:
-    """Print medians, ratios within a round, and memory."""
-    ratios = [ours / floor for ours, floor in zip(seconds["ours"], seconds["gather"], strict=True)]
-    print(
-        f"{arguments.megabytes} MB of state a rank, {arguments.ranks} gloo ranks, torch {torch.__version__}"
-    )
-    for name, values in seconds.items():
-        print(f"  {name:8} {statistics.median(values) * 1e3:8.1f} ms")
-    print(
-        f"  ours / gather: median {statistics.median(ratios):.2f}, "
-        f"from {min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} rounds"
-    )
-    for rank, growth in enumerate(growths):
-        print(f"  rank {rank} grew by {growth:.1f} MB at its peak")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class Corpus:
         training, held_out = self.training.numel() / 1e6, self.held_out.numel() / 1e6
         return (
             f"{training + held_out:.2f} MB in {self.num_files} files of Python's standard library"
-            f" ({held_out:.2f} MB held out)\nsha256 {self.sha256}"
+            f" ({held_out:.2f} MB held out)\n           sha256 {self.sha256}"
         )
 
     def batch(

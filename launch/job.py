@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from corpus import Corpus, read_corpus
 from gpt import GPT, summed_loss
-from options import SIZES, Options, Refused, fill_in
+from options import SIZES, Options, Refused
 from proof import Twin, chosen_kernel
 from ranks import Ranks
 from recipe import build_optimizer, build_scheduler
 from report import History, Report, bits, draw, memory_table, state_bytes
-from saved_run import prepare_directory, read_run, write_run
+from saved_run import prepare_run, write_run
 from torch import Tensor
 
 from shardopt import sched
@@ -41,6 +41,7 @@ class Job:
         self.first_step = self.step = int(run["step"])  # how many are done
         self.history = History(**run["history"])
         self.corpus = _agree_on_corpus(self.options, ranks)
+        self.reads_other_text = run["text"] not in (None, self.corpus.sha256)
         self.model = new_model(self.options).to(ranks.device)
         if "model" in run:
             self.model.load_state_dict(run["model"])
@@ -64,10 +65,8 @@ class Job:
         if self.step == 0:
             self._evaluate()
         for stop in range(self.step + 1, options.steps + 1):
-            evaluates, saves = (
-                self._is_due(stop, options.eval_every),
-                self._is_due(stop, options.save_every),
-            )
+            evaluates = self._is_due(stop, options.eval_every)
+            saves = self._is_due(stop, options.save_every)
             if evaluates or saves:
                 self._train_until(stop)
             if evaluates:
@@ -139,6 +138,7 @@ class Job:
             "step": self.step,
             "options": asdict(self.options),
             "history": asdict(self.history),
+            "text": self.corpus.sha256,
         }
         return write_run(Path(self.options.save), run)
 
@@ -182,9 +182,10 @@ class Job:
     def introduction(self) -> str:
         options = self.options
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        other = "; not the text the run began with" if self.reads_other_text else ""
         begins = f"resumed after step {self.step}" if self.step else "a new run"
         return (
-            f"text       {self.corpus}\n"
+            f"text       {self.corpus}{other}\n"
             f"model      {options.size}, {parameters:,} parameters\n"
             f"optimizer  {options.optimizer}, lr {options.lr:g}, schedule {options.scheduler}\n"
             f"run        {begins}, {options.steps} steps in all, on {self.ranks}\n"
@@ -211,7 +212,7 @@ def _agree_on_run(given: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     run: dict[str, Any] = {}
     if ranks.is_first:
         try:
-            run = _prepare_run(given, ranks.world_size)
+            run = prepare_run(given, ranks.world_size)
         except Refused as refusal:
             run = {"refusal": str(refusal)}
     small = {name: value for name, value in run.items() if name not in ("model", "optimizer")}
@@ -219,21 +220,6 @@ def _agree_on_run(given: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     if "refusal" in small:
         raise Refused(small["refusal"])
     return {**run, **small}
-
-
-def _prepare_run(given: Mapping[str, Any], world_size: int) -> dict[str, Any]:
-    run: dict[str, Any] = {"step": 0, "history": {}, "options": None}
-    if "resume" in given:
-        run = read_run(Path(given["resume"]))
-    options = fill_in(given, run["options"], world_size=world_size)
-    if run["step"] >= options.steps:
-        raise Refused(
-            f"--steps: expected more than the {run['step']} steps that the resumed run has done,"
-            f" got {options.steps}; there is nothing left to train"
-        )
-    prepare_directory(Path(options.save), "--save")
-    prepare_directory(Path(options.plot).parent, "--plot")
-    return {**run, "options": options}
 
 
 def _agree_on_corpus(options: Options, ranks: Ranks) -> Corpus:

@@ -6,6 +6,7 @@ Torch is not imported here: ``--help`` and a refusal come at once.
 import argparse
 import difflib
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
@@ -91,6 +92,7 @@ class Options:
     resume: str | None = None
     kernel: str = "auto"
     device: str = "auto"
+    check: bool = False
 
 
 # What makes a run this run and no other. A resumed run takes it from the file.
@@ -151,6 +153,7 @@ def _add_where_and_when(parser: argparse.ArgumentParser) -> None:
     add("--plot", metavar="PATH", help="the curves, a PNG (default: curves.png in --out)")
     add("--kernel", type=_one_of(("auto", "torch")), metavar="NAME",
         help=f"{kernels} (default auto)")  # fmt: skip
+    add("--check", action="store_true", help="check the options and train nothing")
     add("--device", type=_one_of(("auto", "cpu", "cuda")), metavar="NAME",
         help="auto takes GPUs where there are any (default auto)")  # fmt: skip
 
@@ -213,6 +216,11 @@ def _check_same_run(given: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
+    def print_help(self, file: Any = None) -> None:
+        """Once, however many ranks are asked for it."""
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            super().print_help(file)
+
     def error(self, message: str) -> NoReturn:
         """One line and no usage: the option at fault would scroll away."""
         unknown = "" if "expected" in message else "; python launch/train.py --help lists all"

@@ -81,7 +81,10 @@ def start_ranks(device: str) -> Ranks:
         torch.cuda.set_device(place)
     if "WORLD_SIZE" not in os.environ:
         return Ranks(0, 1, place)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    if device == "cuda":
+        dist.init_process_group("nccl", device_id=place)
+    else:
+        dist.init_process_group("gloo")
     return Ranks(dist.get_rank(), dist.get_world_size(), place)
 
 

@@ -1,18 +1,35 @@
-"""Saved runs: one file to a save, complete or absent, that any number of ranks goes on from."""
+"""Saved runs: one file to a save, complete or absent, that any number of ranks goes on from.
+
+Torch is imported late: checking a new run needs none of it.
+"""
 
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from options import OPTIMIZERS, SCHEDULERS, SIZES, Refused
+from options import OPTIMIZERS, SCHEDULERS, SIZES, Refused, fill_in
 
-FIELDS = ("model", "optimizer", "scheduler", "step", "options", "history")
+FIELDS = ("model", "optimizer", "scheduler", "step", "options", "history", "text")
 
 
-def prepare_directory(path: Path, option: str) -> None:
+def prepare_run(given: Mapping[str, Any], world_size: int) -> dict[str, Any]:
+    """The run to go on with, its options filled in and checked, its directories made."""
+    run: dict[str, Any] = {"step": 0, "history": {}, "options": None, "text": None}
+    if "resume" in given:
+        run = read_run(Path(given["resume"]))
+    options = fill_in(given, run["options"], world_size=world_size)
+    if run["step"] >= options.steps:
+        raise Refused(
+            f"--steps: expected more than the {run['step']} steps that the resumed run has done,"
+            f" got {options.steps}; there is nothing left to train"
+        )
+    _prepare_directory(Path(options.save), "--save" if "save" in given else "--out")
+    _prepare_directory(Path(options.plot).parent, "--plot")
+    return {**run, "options": options}
+
+
+def _prepare_directory(path: Path, option: str) -> None:
     """Make a directory for what ``option`` writes, now rather than after hours of training."""
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -27,6 +44,8 @@ def prepare_directory(path: Path, option: str) -> None:
 
 def write_run(directory: Path, run: dict[str, Any]) -> Path:
     """Write ``run`` to ``directory/step-N.pt``: the whole file or, if it is cut short, none."""
+    import torch
+
     path = directory / f"step-{run['step']:06}.pt"
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
@@ -40,7 +59,7 @@ def write_run(directory: Path, run: dict[str, Any]) -> Path:
 def read_run(path: Path) -> dict[str, Any]:
     """A saved run, onto the CPU; from a directory, the one with the most steps."""
     if path.is_dir():
-        saves = sorted(path.glob("step-*.pt"))
+        saves = sorted(path.glob("step-*.pt"), key=lambda save: (len(save.name), save.name))
         if not saves:
             raise Refused(
                 f"--resume: expected a directory with saved runs (step-N.pt), got none in {path};"
@@ -52,9 +71,11 @@ def read_run(path: Path) -> dict[str, Any]:
             f"--resume: expected a saved run (step-N.pt) or a directory of them, got {path},"
             " which does not exist; correct the path"
         )
+    import torch
+
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError):
+    except Exception:  # torch reads a foreign file as a pickle, and then anything can go wrong
         run = None
     if not isinstance(run, dict) or set(FIELDS) - set(run) or not _is_known(run["options"]):
         raise Refused(

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from options import Refused, fill_in, parse
+from saved_run import prepare_run
 
 NEEDED = {
     "torch": "torch",
@@ -25,13 +26,13 @@ NEEDED = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 if the proof fails, 2 for what the user can put right.
 
-    Only the first rank speaks, and only it returns 2: a launcher ends all ranks as soon as one has
-    failed, and another rank might fail before the first one has spoken.
+    Only the first rank of a machine speaks, and only it returns 2: a launcher ends all ranks as
+    soon as one has failed, and that might be before the first one has spoken.
     """
     try:
         return train(arguments)
     except Refused as refusal:
-        if int(os.environ.get("RANK", 0)) > 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) > 0:
             return 0
         print(f"train.py: error: {refusal}", file=sys.stderr)
         return 2
@@ -39,11 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(arguments: Sequence[str] | None) -> int:
     given = parse(arguments)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     if "resume" not in given:  # else the file completes them
-        fill_in(given, world_size=int(os.environ.get("WORLD_SIZE", 1)))
+        fill_in(given, world_size=world_size)
     require_packages()
 
-    from job import Job  # not before now: torch takes seconds to import, a refusal takes none
+    if "check" in given:
+        prepare_run(given, world_size)
+        return 0
+
+    # Not imported before now: torch takes seconds, a refusal takes none.
+    from job import Job
     from ranks import start_ranks, stop_ranks
 
     ranks = start_ranks(given.get("device", "auto"))

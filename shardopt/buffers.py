@@ -19,10 +19,10 @@ from shardopt.layout import Bucket, Layout, Segment
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one stretch of memory, in any order of dimensions."""
+    if tensor.numel() == 0:
+        return True
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size == 0:
-            return True
         if size > 1:
             if stride != expected:
                 return False

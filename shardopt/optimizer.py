@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -138,15 +139,13 @@ class ShardedOptimizer(Optimizer):
 
     def _build(self, groups: list[Group], facts: dict[str, object]) -> None:
         """Agree with the other ranks on new ``groups``, then move their parameters into buckets."""
-        names = parameter_names(self.param_groups)[len(self._shard.parameters) :]
+        known = len(self._shard.parameters)
+        names = parameter_names(self.param_groups)[known:]
         layout = self._shard.plan(groups, names)
         first = len(self.param_groups) - len(groups)
-        facts = {**facts, **group_facts(groups, first, names), "the layout": str(layout)}
-        agree(
-            self.collectives,
-            facts,
-            "construct the model and ShardedOptimizer alike on every rank, in the same order",
-        )
+        facts = {**facts, **group_facts(groups, names, first, known), "the layout": str(layout)}
+        remedy = "construct the model and ShardedOptimizer alike on every rank, in the same order"
+        agree(self.collectives, facts, remedy)
         if self.guards.replicas:
             agree_on_values(self.collectives, names, unique_parameters(groups))
         self._shard.extend(layout, groups)
@@ -171,12 +170,12 @@ class ShardedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._snapshot.drop()
-        if self._num_steps == 0:
-            self._check_first_step()
-        else:
-            self._check_step()
+        first = self._num_steps == 0
+        (self._check_first_step if first else self._check_step)()
         with torch.no_grad():
-            self._shard.update(self.param_groups)
+            # What a class refuses only when it steps, it refuses where the parameter lies.
+            with all_or_none(self.collectives) if first else nullcontext():
+                self._shard.update(self.param_groups)
             self._shard.gather()
         self._num_steps += 1
         return loss

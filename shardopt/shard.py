@@ -132,6 +132,8 @@ class Shard:
         for index, (_, tensor) in self.segments.items():
             if tensor in self.optim.state:
                 twin.optim.state[twin.segments[index][1]] = copy.deepcopy(self.optim.state[tensor])
+        own = {key: s for key, s in self.optim.state.items() if not isinstance(key, Tensor)}
+        twin.optim.state.update(copy.deepcopy(own))
         return twin
 
     # -- stepping ------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +22,7 @@ from shardopt.policies import Guards
 from shardopt.shard import NOT_OPTIONS, Group, unique_parameters
 
 
-def listed(params: Any) -> list[Any]:
+def listed(params: Any) -> Any:
     """The constructor's ``params`` as a list, generators in groups listed too.
 
     Raises:
@@ -38,6 +38,8 @@ def listed(params: Any) -> list[Any]:
             "optimizer parameters need to be organized in ordered collections, but the ordering of "
             "tensors in sets will change between runs. Please use a list instead."
         )
+    if not isinstance(params, Iterable):
+        return params  # the class refuses it in its own words, after bad options
     entries = list(params)
     for entry in entries:
         list_group(entry)
@@ -78,11 +80,14 @@ def probe(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what there is to warn of, the real construction warns of
-        return optimizer_class([replace(entry) for entry in entries], **options)
+        held = [replace(entry) for entry in entries] if isinstance(entries, list) else entries
+        return optimizer_class(held, **options)
 
 
 def stand_in(parameter: Tensor, device: str) -> Tensor:
     """A tensor that looks like ``parameter``, with values that do not matter."""
+    if torch.nn.parameter.is_lazy(parameter):  # it has no shape yet
+        return torch.empty(0, device=device)
     if parameter.layout is not torch.strided:
         return parameter.detach().to(device)
     twin = torch.empty_strided(
@@ -180,14 +185,16 @@ def refuse_gradients(
         _warn_if_abandoned(parameters)
 
 
-_OUR_REFERENCES = 4  # the optimizer's list and its group, the loop variable, getrefcount's argument
+# Of a parameter that nobody else holds: those of a list, of the loop and of the call, which Python
+# versions count differently, and that of its group.
+_OUR_REFERENCES = next(sys.getrefcount(item) for item in [object()]) + 1
 
 
 def _warn_if_abandoned(parameters: Sequence[Tensor]) -> None:
     """Nothing has a gradient: is that since nobody but the optimizer holds the parameters?"""
-    for parameter in parameters:
-        if not parameter.requires_grad or sys.getrefcount(parameter) > _OUR_REFERENCES:
-            return
+    references = [sys.getrefcount(p) for p in parameters if p.requires_grad]
+    if not references or max(references) > _OUR_REFERENCES:
+        return
     warnings.warn(
         "step() found no gradient, and nothing but the optimizer holds its parameters any more: "
         "the model has others now, as after load_state_dict(assign=True); construct "
@@ -210,21 +217,28 @@ def parameter_names(groups: Sequence[Group]) -> list[str]:
     for group in groups:
         given = group.get("param_names") or [None] * len(group["params"])
         for parameter, name in zip(group["params"], given, strict=True):
-            unnamed = f"{len(names)}, of shape {tuple(parameter.shape)}"
+            lazy = torch.nn.parameter.is_lazy(parameter)
+            unnamed = f"{len(names)}, of shape {'unknown' if lazy else tuple(parameter.shape)}"
             names.setdefault(id(parameter), name or unnamed)
     return list(names.values())
 
 
-def group_facts(groups: Sequence[Group], first: int, names: Sequence[str]) -> dict[str, object]:
-    """What every rank must bring alike of ``groups``, which are numbered from ``first``."""
+def group_facts(
+    groups: Sequence[Group],
+    names: Sequence[str],  # of their parameters
+    first: int,  # the number of the first of the groups
+    first_parameter: int,
+) -> dict[str, object]:
+    """What every rank must bring alike of ``groups``."""
     facts: dict[str, object] = {}
     for number, group in enumerate(groups, first):
         facts[f"the number of parameters of group {number}"] = len(group["params"])
         options = {key: value for key, value in group.items() if key not in NOT_OPTIONS}
         facts |= {f"group {number}, {key}": value for key, value in options.items()}
-    for name, parameter in zip(names, unique_parameters(groups), strict=True):
-        facts[f"parameter {name!r}"] = (
-            f"{tuple(parameter.shape)} {parameter.dtype} on {parameter.device.type}, "
+    named = zip(names, unique_parameters(groups), strict=True)
+    for number, (name, parameter) in enumerate(named, first_parameter):
+        facts[f"parameter {number}"] = (
+            f"{name}: {tuple(parameter.shape)} {parameter.dtype} on {parameter.device.type}, "
             f"strides {parameter.stride()}, requires_grad={parameter.requires_grad}"
         )
     return facts

@@ -51,6 +51,9 @@ SECOND: dict[type[Optimizer], dict[str, Any]] = {
 # The classes for which kernel="auto" may choose torch's fused kernel, and on which devices.
 FUSED_BY_AUTO = {SGD: "cpu cuda", Adam: "cpu cuda", AdamW: "cpu cuda", Adagrad: "cpu"}
 
+# Torch refuses complex parameters.
+REAL_ONLY = {Adafactor, Muon}
+
 # Refused at construction until their own issues.
 REFUSED_CLASSES = {torch.optim.SparseAdam, torch.optim.LBFGS}
 REFUSED_ARGUMENTS = {"differentiable"}
@@ -248,5 +251,16 @@ ROWS = [
 ]
 
 BANK = {row.name: row for row in ROWS}
-ON_CPU = [name for name, row in BANK.items() if not row.only_on_gpu]
 DEFAULTS = [name for name, row in BANK.items() if not row.options]
+ON_CPU = [name for name, row in BANK.items() if not row.only_on_gpu]
+ON_GPU = [
+    name
+    for name, row in BANK.items()
+    if not row.options or row.only_on_gpu or row.options.get("fused")
+]
+LEFT_TO_AUTO = [
+    name
+    for name in ON_CPU
+    if name in DEFAULTS
+    or (BANK[name].optimizer_class in FUSED_BY_AUTO and not BANK[name].chooses_kernel)
+]

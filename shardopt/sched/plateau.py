@@ -104,7 +104,7 @@ class ReduceLROnPlateau(lr_scheduler.ReduceLROnPlateau):
         return _mean(rows[:, 1].tolist())
 
     def _print_reduced(self, before: list[float]) -> None:
-        """In the words of torch while it had ``verbose`` (1.3 for an int, 1.11 for a float)."""
+        """In torch's words while it had ``verbose``; its later releases knew float epochs too."""
         epoch = self.last_epoch
         when = f"{epoch:5d}" if isinstance(epoch, int) else f"{epoch:.2f}"
         for number, (group, old) in enumerate(

@@ -130,7 +130,7 @@ def test_verbose_prints_the_old_words(capsys):
 
 def test_verbose_is_silent_by_default_and_survives_old_states(capsys):
     scheduler = ReduceLROnPlateau(optimizer(), patience=0)
-    scheduler.load_state_dict({**scheduler.state_dict(), "verbose": True})  # as torch 1.3 saved it
+    scheduler.load_state_dict({**scheduler.state_dict(), "verbose": True})  # as torch once saved it
     scheduler.step(1.0)
     scheduler.step(1.0)
     assert rates(scheduler) != [0.1, 0.05]

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from shardopt import ShardedOptimizer
+from shardopt.errors import ParameterError, UnsupportedError
 from tests.documentation import BLOCKS, Stage, source_of, with_sharded_optimizer
 from tests.ranks import on_ranks
 
@@ -19,6 +20,9 @@ KERNELS = {
     "torch": {},
     "auto": {torch.optim.Adam: {"fused": True}},
 }
+
+SUPPORTED = ["Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "RMSprop", "Rprop", "SGD"]
+REFUSED = ["SparseAdam", "LBFGS"]  # each has an issue of its own
 
 
 def options_of(optimizer: torch.optim.Optimizer) -> list[dict]:
@@ -106,21 +110,77 @@ def test_group_options_override_the_keyword_arguments():
 
 
 @on_ranks(1, 2, 3)
-def test_closure_is_called_once_and_its_loss_returned():
+def test_a_model_that_moves_after_construction_is_named():
+    """The note: ``.cuda()`` comes before. Here as ``.double()``, for want of another device."""
     stage = Stage(sharded=True).run("SGD")
-    calls = []
+    stage.model.double()
+    stage.dataset = [(inputs.double(), target.double()) for inputs, target in stage.dataset]
+    stage.variables = []
+    with pytest.raises(ParameterError, match=r"float32 .*move the model before constructing"):
+        stage.train()
 
-    def closure():
-        calls.append(torch.is_grad_enabled())
-        stage.built[0].zero_grad()
-        loss = stage.model(stage.dataset[0][0]).square().mean()
-        loss.backward()
-        return loss
 
-    loss = stage.built[0].step(closure)
-    assert calls == [True]
-    assert loss.item() > 0
-    assert stage.built[0].step() is None
+@on_ranks(1, 2, 3)
+def test_parameters_that_left_their_place_are_taken_back():
+    """Consistent locations: values put into other memory are trained, not those left behind."""
+    seen = []
+    for sharded in (True, False):
+        stage = Stage(sharded=sharded, flags={ShardedOptimizer: {"kernel": "torch"}}).run("SGD")
+        for parameter in stage.model.parameters():
+            parameter.data = parameter.data.clone() + 1
+        stage.train()
+        stage.train()
+        seen.append(stage.values())
+    assert all(map(torch.equal, *seen))
+
+
+@on_ranks(1, 2, 3)
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_closure_is_called_once_and_its_loss_returned(name):
+    """``step(closure)`` of each class: gradients on, one call, and the numbers of plain torch."""
+    seen = []
+    for construct in (ShardedOptimizer, plain):
+        stage, calls = Stage(sharded=False), []
+        inputs, target = stage.dataset[0]
+        flags = {"kernel": "torch"} if construct is ShardedOptimizer else {}
+        optimizer = construct(stage.model.parameters(), getattr(torch.optim, name), lr=0.1, **flags)
+
+        def closure(stage=stage, optimizer=optimizer, calls=calls, inputs=inputs, target=target):
+            calls.append(torch.is_grad_enabled())
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(stage.model(inputs), target)
+            loss.backward()
+            return loss
+
+        untouched = stage.values()[0]
+        losses = [optimizer.step(closure).item() for _ in range(2)]
+        assert calls == [True, True]
+        assert not torch.equal(stage.values()[0], untouched)
+        seen.append((losses, stage.values()))
+        assert optimizer.step() is None
+    assert seen[0][0] == seen[1][0]
+    assert all(map(torch.equal, seen[0][1], seen[1][1]))
+
+
+@on_ranks(1, 2, 3)
+@pytest.mark.parametrize("name", REFUSED)
+def test_classes_that_are_refused_for_now(name):
+    """On every rank, in one line that says what to use instead, before any parameter moves."""
+    parameter = nn.Parameter(torch.ones(3000))
+    memory = parameter.data_ptr()
+    with pytest.raises(UnsupportedError, match=f"{name} .*use torch.optim.{name}") as caught:
+        ShardedOptimizer([parameter], getattr(torch.optim, name), lr=0.1)
+    assert "\n" not in str(caught.value)
+    assert parameter.data_ptr() == memory
+
+
+@on_ranks(1, 2, 3)
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_differentiable_is_refused(name):
+    """The one option of today's torch that shards cannot have: they are detached."""
+    parameter = nn.Parameter(torch.ones(3000))
+    with pytest.raises(UnsupportedError, match="differentiable=True is not supported"):
+        ShardedOptimizer([parameter], getattr(torch.optim, name), differentiable=True)
 
 
 @on_ranks(1, 2, 3)

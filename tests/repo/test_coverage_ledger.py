@@ -117,6 +117,7 @@ def test_every_row_names_a_test():
     rows = [row for head, rows in sections().items() if head != DIFFERENCES for row in rows]
     assert len(rows) > 150
     assert [row for row in rows if not named_tests(row[-1])] == []
+    assert "`<" not in LEDGER  # a test that is still to be named
 
 
 def test_every_test_named_exists():

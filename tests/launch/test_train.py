@@ -1,0 +1,198 @@
+"""``launch/train.py`` as a user runs it: alone, under torchrun, saved, resumed, and refused."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import ROOT
+
+SCRIPT = ROOT / "launch" / "train.py"
+TINY = ("--size", "tiny", "--steps", "6", "--save-every", "3", "--eval-every", "2")
+
+# Other world sizes sum the same numbers in another order. Measured: 3e-6 on weights of about 0.2
+# after ten steps; Adam makes steps of full size from gradients that are mostly rounding.
+TOLERANCE = 5e-5
+
+
+def train(*arguments: object, ranks: int = 1, timeout: float = 240) -> subprocess.CompletedProcess:
+    """Run the script in a process of its own, or in as many as torchrun starts."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [sys.executable, *(launcher if ranks > 1 else ()), str(SCRIPT), "--device", "cpu"]
+    return subprocess.run(
+        [*command, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def trained(out: Path, *arguments: object, ranks: int = 1) -> str:
+    """What a run that must succeed printed."""
+    result = train("--out", out, *arguments, ranks=ranks)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "next step is equal, bit for bit" in result.stdout
+    return result.stdout
+
+
+def saved(out: Path, step: int) -> dict:
+    return torch.load(out / f"step-{step:06}.pt", weights_only=True)
+
+
+def numbers(run: dict) -> torch.Tensor:
+    """All that a saved run holds as numbers: weights, optimizer state, curves."""
+    states = run["optimizer"]["state"].values()
+    tensors = [*run["model"].values(), *(value for state in states for value in state.values())]
+    curves = torch.tensor([*run["history"]["training"], *sum(run["history"]["held_out"], ())])
+    return torch.cat([tensor.flatten().double() for tensor in [*tensors, curves]])
+
+
+def assert_same_run(one: Path, other: Path, *, tolerance: float) -> None:
+    first, second = saved(one, 6), saved(other, 6)
+    assert first["step"] == second["step"] == 6
+    assert first["scheduler"] == second["scheduler"]
+    assert len(first["history"]["lr"]) == 6
+    assert first["history"]["lr"] == second["history"]["lr"]
+    assert numbers(first).numel() > 3 * 30_000  # weights and two moments
+    torch.testing.assert_close(numbers(second), numbers(first), rtol=0, atol=tolerance)
+    assert not torch.equal(numbers(saved(one, 3)), numbers(first))
+
+
+def state_bytes(printed: str) -> list[int]:
+    """The column of bytes in the table of memory; the last is what a replica takes."""
+    rows = re.findall(r"(?:sharded|replicated) +([\d,]+)", printed)
+    return [int(row.replace(",", "")) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> tuple[Path, str]:
+    """A run on two ranks that nobody disturbs: its directory, and what it printed."""
+    out = tmp_path_factory.mktemp("two-ranks")
+    return out, trained(out, *TINY, ranks=2)
+
+
+def test_two_ranks_share_the_state(two_ranks):
+    out, printed = two_ranks
+    parameters = int(re.search(r"([\d,]+) parameters", printed).group(1).replace(",", ""))
+    *by_rank, replica = state_bytes(printed)
+    assert len(by_rank) == 2
+    assert replica == sum(by_rank) == 8 * parameters  # two moments of four bytes
+    assert max(by_rank) < 0.55 * replica
+    assert re.search(r"[\d.]+ MB in \d+ files of Python's standard library", printed)
+    assert re.search(r"sha256 [0-9a-f]{64}\n", printed)
+    assert re.findall(r"^step +(\d)", printed, re.MULTILINE) == ["0", "2", "4", "6"]
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in out.glob("step-*")) == ["step-000003.pt", "step-000006.pt"]
+
+
+def test_one_process_goes_on_from_two_ranks(two_ranks, tmp_path):
+    out, _ = two_ranks
+    printed = trained(tmp_path, "--resume", out / "step-000003.pt")
+    assert "resumed after step 3, 6 steps in all, on 1 process" in printed
+    assert_same_run(out, tmp_path, tolerance=TOLERANCE)
+
+
+def test_two_ranks_go_on_from_two_ranks(two_ranks, tmp_path):
+    out, _ = two_ranks
+    trained(tmp_path, "--resume", out / "step-000003.pt", ranks=2)
+    assert_same_run(out, tmp_path, tolerance=0)
+
+
+@pytest.mark.slow
+def test_three_ranks(two_ranks, tmp_path):
+    """They go on from two ranks, and from three without a bit of difference."""
+    out, _ = two_ranks
+    trained(tmp_path / "2-3", "--resume", out / "step-000003.pt", ranks=3)
+    assert_same_run(out, tmp_path / "2-3", tolerance=TOLERANCE)
+    trained(tmp_path / "3", *TINY, ranks=3)
+    assert_same_run(out, tmp_path / "3", tolerance=TOLERANCE)
+    trained(tmp_path / "3-3", "--resume", tmp_path / "3" / "step-000003.pt", ranks=3)
+    assert_same_run(tmp_path / "3", tmp_path / "3-3", tolerance=0)
+
+
+@pytest.mark.slow
+def test_default_model_learns(tmp_path):
+    """A good deal better than the frequencies of bytes, which take 4.5 bits a byte."""
+    printed = trained(tmp_path, "--steps", 150, ranks=2)
+    bits = [float(found) for found in re.findall(r"= ([\d.]+) bits a byte", printed)]
+    assert bits[0] > 7
+    assert bits[-1] < 4
+
+
+BAD_OPTIONS = {
+    "--optimizer AdamQ": "got 'AdamQ'; did you mean AdamW?",
+    "--optimizer Muon": "takes matrices alone",
+    "--optimizer LBFGS": "choose AdamW",
+    "--scheduler cosin": "did you mean cosine?",
+    "--steps -3": "--steps: expected a whole number of at least 1, got '-3'",
+    "--steps many": "got 'many'",
+    "--batch 0": "--batch: expected a whole number of at least 1",
+    "--lr nan": "--lr: expected a number above 0, got 'nan'",
+    "--weight-decay -0.1": "--weight-decay: expected a number of at least 0",
+    "--optimizer Rprop --weight-decay 0.1": "Rprop, which has no such option",
+    "--size": "--size: expected one argument",
+    "--bathc 3": "unrecognized arguments: --bathc 3; python launch/train.py --help",
+    "--plot curves.jpg": "ends in .png, got 'curves.jpg'",
+    "--out {file}": "--out: expected a directory that can be written",
+    "--resume {none}": "which does not exist; correct the path",
+    "--resume {empty}": "got none in",
+}
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS)
+def test_bad_options_get_one_line(options, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    places = {name: tmp_path / name for name in ("file", "empty", "none")}
+    refused = train("--out", tmp_path / "out", *options.format(**places).split())
+    assert_one_line(refused, BAD_OPTIONS[options])
+
+
+def assert_one_line(refused: subprocess.CompletedProcess, says: str) -> None:
+    assert refused.returncode == 2, refused.stderr
+    assert refused.stdout == ""
+    assert re.fullmatch(r"train\.py: error: .+\n", refused.stderr), refused.stderr
+    assert says in refused.stderr
+
+
+def test_resuming_another_run_gets_one_line(two_ranks, tmp_path):
+    out, _ = two_ranks
+    run = out / "step-000003.pt"
+    (tmp_path / "damaged.pt").write_bytes(run.read_bytes()[:100_000])
+    for says, *options in (
+        ("--size: expected tiny", "--resume", run, "--size", "small"),
+        ("is none, or is damaged", "--resume", tmp_path / "damaged.pt"),
+        ("over which the cosine schedule", "--resume", run, "--steps", 60),
+        ("there is nothing left to train", "--resume", out),
+    ):
+        assert_one_line(train("--check", "--out", tmp_path, *options), says)
+
+
+def test_only_one_rank_refuses(tmp_path):
+    refused = train("--out", tmp_path, "--resume", tmp_path / "none.pt", ranks=2)
+    assert refused.returncode != 0
+    assert refused.stderr.count("train.py: error: --resume: expected a saved run") == 1
+
+
+def test_missing_packages_get_one_line():
+    refused = subprocess.run(
+        [sys.executable, "-I", "-S", str(SCRIPT)], capture_output=True, text=True
+    )
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("train.py: error: expected the package torch")
+    assert refused.stderr.count("\n") == 1
+
+
+def test_help_needs_no_torch():
+    """``-I -S`` hides what is installed, torch too."""
+    shown = subprocess.run(
+        [sys.executable, "-I", "-S", str(SCRIPT), "--help"], capture_output=True, text=True
+    )
+    assert shown.returncode == 0
+    for option in ("--optimizer", "--scheduler", "--resume", "--kernel"):
+        assert option in shown.stdout
