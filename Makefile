@@ -20,7 +20,9 @@ help:
 	@echo "make format     let ruff rewrite the files"
 	@echo "make clean      remove the virtual environment and the caches"
 
+# The check says what is wrong with ARGS in one line, without torchrun's report around it.
 train: $(VENV)/installed-train
+	@$(BIN)/python launch/train.py --check $(ARGS)
 	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(RANKS) launch/train.py $(ARGS)
 
 test: $(VENV)/installed-test

@@ -21,7 +21,7 @@ from shardopt import sched
 
 
 class Job:
-    """A run, new or resumed. Every method with a verb for a name is called on every rank.
+    """A run, new or resumed; every method is called on every rank.
 
     Every rank computes the same model on its own part of each global batch; DDP averages the
     gradients; the sharded optimizer updates a part of the parameters on each rank and gathers them.
@@ -61,7 +61,7 @@ class Job:
     def run(self) -> str | None:
         """Train, save, draw, prove; returns what the proof found wrong, or ``None``."""
         options = self.options
-        self.report.say(self.introduction())
+        self.report.say(self._introduction())
         if self.step == 0:
             self._evaluate()
         for stop in range(self.step + 1, options.steps + 1):
@@ -179,7 +179,7 @@ class Job:
         )
         return self.ranks.from_first(difference)
 
-    def introduction(self) -> str:
+    def _introduction(self) -> str:
         options = self.options
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         other = "; not the text the run began with" if self.reads_other_text else ""

@@ -97,6 +97,7 @@ class Options:
 
 # What makes a run this run and no other. A resumed run takes it from the file.
 IDENTITY = ("optimizer", "scheduler", "lr", "weight_decay", "size", "batch", "context", "seed")
+HABITS = ("steps", "eval_every", "save_every", "kernel")  # also from the file, unless given
 PLANNED = ("cosine", "linear", "step", "onecycle")  # schedules laid out over --steps
 
 
@@ -164,13 +165,12 @@ def fill_in(
     """``given`` completed by what a resumed run was ``saved`` with, and by defaults; checked."""
     if saved is not None:
         _check_same_run(given, saved)
-        kept = {name: saved[name] for name in (*IDENTITY, "steps")}
-        given = {**kept, **given}
+        given = {**{name: saved[name] for name in IDENTITY + HABITS}, **given}
     size = SIZES[given.get("size", Options.size)]
     steps = given.get("steps", size.steps)
     out = given.get("out", Options.out)
     defaults = {
-        "lr": OPTIMIZERS[given.get("optimizer", Options.optimizer)].lr,
+        "lr": _default_lr(given.get("optimizer", Options.optimizer), size),
         "steps": steps,
         "batch": size.batch,
         "context": size.context,
@@ -181,6 +181,11 @@ def fill_in(
     options = Options(**{**defaults, **given})
     _check(options, world_size)
     return options
+
+
+def _default_lr(optimizer: str, size: Size) -> float:
+    """The recipe's, tried on the small model; wider ones take smaller steps, in proportion."""
+    return OPTIMIZERS[optimizer].lr * min(1.0, SIZES["small"].width / size.width)
 
 
 def _check(options: Options, world_size: int) -> None:

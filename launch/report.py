@@ -75,7 +75,7 @@ def memory_table(by_rank: list[int], name: str) -> str:
     replica = sum(by_rank)
     rows = [(f"rank {rank}, sharded", held) for rank, held in enumerate(by_rank)]
     rows.append(("every rank, if replicated", replica))
-    lines = [f"optimizer state of {name:<15} bytes      share"]
+    lines = [f"{'optimizer state of ' + name:<28} {'bytes':>13}    {'share':>6}"]
     lines += [f"  {label:<26} {held:>13,}    {held / max(1, replica):6.1%}" for label, held in rows]
     return "\n".join(lines)
 

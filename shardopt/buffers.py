@@ -67,7 +67,7 @@ class ParameterBuffers:
         self.parameters: list[Tensor] = []
         self.strides: list[tuple[int, ...]] = []
         self.buckets: list[Tensor] = []
-        self._pointers: list[int] = []
+        self._homes: list[tuple[object, ...]] = []
         self._aliases: list[Tensor] = []
 
     def adopt(self, layout: Layout, parameters: Sequence[Tensor]) -> None:
@@ -75,7 +75,7 @@ class ParameterBuffers:
         first = len(self.parameters)
         self.parameters += parameters
         self.strides += [dense_strides(parameter) for parameter in parameters]
-        self._pointers += [0] * len(parameters)
+        self._homes += [()] * len(parameters)
         self._aliases += [torch.empty(0)] * len(parameters)
         for bucket in layout.buckets[len(self.buckets) :]:
             device = self.parameters[bucket.slots[0].parameter].device
@@ -90,26 +90,27 @@ class ParameterBuffers:
             parameter = self.parameters[index]
             home = buffer.as_strided(parameter.shape, self.strides[index], slot.start)
             alias = torch.from_dlpack(home.detach())
-            self._aliases[index], self._pointers[index] = alias, alias.data_ptr()
+            self._aliases[index], self._homes[index] = alias, _whereabouts(alias)
             self._move_in(index)
 
     def _move_in(self, index: int) -> None:
         """Copy a parameter's value to its slot and make the slot its storage."""
         parameter, alias = self.parameters[index], self._aliases[index]
         with torch.no_grad():
-            alias.copy_(parameter)
+            is_view = parameter.data_ptr() == alias.data_ptr()
+            alias.copy_(parameter.clone() if is_view else parameter)
             parameter.data = alias
 
     def take_back(self, names: Sequence[str]) -> None:
         """Move parameters that were taken out of their buckets back in.
 
-        Compares data pointers, so it costs no device synchronisation.
+        Compares data pointers and strides, so it costs no device synchronisation.
 
         Raises:
             ParameterError: one cannot come back, since its shape, dtype or device is another now.
         """
         for index, parameter in enumerate(self.parameters):
-            if parameter.data_ptr() == self._pointers[index]:
+            if _whereabouts(parameter) == self._homes[index]:
                 continue
             alias = self._aliases[index]
             now = (tuple(parameter.shape), parameter.dtype, parameter.device)
@@ -147,6 +148,10 @@ class ParameterBuffers:
         if segment.whole:  # fused kernels go by memory order, and do not look at strides on CPU
             return flat.as_strided(tensor.shape, strides, flat.storage_offset())
         return flat[segment.offset : segment.offset + segment.numel]
+
+
+def _whereabouts(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _describe(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:

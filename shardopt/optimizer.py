@@ -52,8 +52,8 @@ class ShardedOptimizer(Optimizer):
         gradients: ``"replicated"``: ``.grad`` is the averaged gradient on every rank when ``step``
             is called (by DDP or by hand).
         kernel: ``"torch"``: the class with the user's ``foreach`` and ``fused``, bit for bit.
-            ``"auto"``: the same, but torch's fused kernel where the class has one and the user
-            chose neither flag; bit for bit the class with ``fused=True``.
+            ``"auto"``: the same, but torch's fused kernel where the class has one that is safe
+            (Adam, AdamW, SGD without momentum, Adagrad on a CPU) and the user chose neither flag.
         guards: what is checked while training.
         bucket_cap_mb: size of the buffers that are communicated as one, in MiB.
         **options: options of ``optimizer_class`` (``lr=3e-4, weight_decay=0.1``).

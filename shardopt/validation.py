@@ -169,38 +169,31 @@ def _refuse_overlaps(parameters: Sequence[Tensor], names: Sequence[str]) -> None
 def refuse_gradients(
     parameters: Sequence[Tensor], names: Sequence[str], algorithm: Algorithm
 ) -> None:
-    """Refuse sparse gradients where parameters are cut; warn if the model was swapped out."""
-    found = False
-    for name, parameter in zip(names, parameters, strict=True):
+    """Refuse sparse gradients where parameters are cut; warn of parameters no model has."""
+    references = [sys.getrefcount(parameter) for parameter in parameters]
+    abandoned = []
+    for name, parameter, count in zip(names, parameters, references, strict=True):
         grad = parameter.grad
-        if grad is None:
-            continue
-        found = True
-        if grad.layout is not torch.strided and algorithm.atom is not Atom.TENSOR:
+        if grad is None and parameter.requires_grad and count <= _OUR_REFERENCES:
+            abandoned.append(name)
+        layout = torch.strided if grad is None else grad.layout
+        if layout is not torch.strided and algorithm.atom is not Atom.TENSOR:
             raise ParameterError(
-                f"parameter {name!r}: expected a dense gradient, got {grad.layout}; use "
+                f"parameter {name!r}: expected a dense gradient, got {layout}; use "
                 "sparse=False in its embedding, or assign parameter.grad.to_dense()"
             )
-    if not found:
-        _warn_if_abandoned(parameters)
+    if abandoned:
+        warnings.warn(
+            f"parameter {abandoned[0]!r} has no gradient, and nothing but the optimizer holds it "
+            "any more: the model has another now, as after load_state_dict(assign=True); construct "
+            "ShardedOptimizer after that, or load with assign=False",
+            stacklevel=5,
+        )
 
 
 # Of a parameter that nobody else holds: those of a list, of the loop and of the call, which Python
 # versions count differently, and that of its group.
 _OUR_REFERENCES = next(sys.getrefcount(item) for item in [object()]) + 1
-
-
-def _warn_if_abandoned(parameters: Sequence[Tensor]) -> None:
-    """Nothing has a gradient: is that since nobody but the optimizer holds the parameters?"""
-    references = [sys.getrefcount(p) for p in parameters if p.requires_grad]
-    if not references or max(references) > _OUR_REFERENCES:
-        return
-    warnings.warn(
-        "step() found no gradient, and nothing but the optimizer holds its parameters any more: "
-        "the model has others now, as after load_state_dict(assign=True); construct "
-        "ShardedOptimizer after that, or load with assign=False",
-        stacklevel=5,
-    )
 
 
 def check_rank(argument: str, rank: Any, world_size: int) -> None:

@@ -140,7 +140,7 @@ ROWS = [
             case(adam, fused=True),
             case(adam, fused=True, amsgrad=True, weight_decay=0.1, maximize=True),
             case(adam, fused=True, lr=tensor(0.01)),
-            case(adam, capturable=True, foreach=True, lr=tensor(0.01)),
+            case(adam, capturable=True, amsgrad=True),
         )
     ),
     case(Adam, weight_decay=0.1, decoupled_weight_decay=True),
@@ -233,6 +233,7 @@ ROWS = [
     case(Adafactor, foreach=True),
     case(Muon),
     case(Muon, lr=0.1),
+    case(Muon, lr=tensor(0.1)),
     case(Muon, weight_decay=0.5),
     case(Muon, momentum=0.5),
     case(Muon, nesterov=False),

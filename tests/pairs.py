@@ -31,6 +31,11 @@ def random_parameters(*shapes: Iterable[int], dtype: torch.dtype = torch.float32
     return [Parameter(torch.randn(s, dtype=dtype, generator=generator)) for s in shapes]
 
 
+def four(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """What most tests train: cut on two ranks and on three."""
+    return random_parameters((70, 33), (5,), (40, 40), (2500,), dtype=dtype)
+
+
 def random_gradient(parameter: Tensor, seed: int) -> Tensor:
     """The same for the same seed; with the strides of its parameter, as autograd has it."""
     generator = torch.Generator().manual_seed(1000 + seed)
@@ -52,9 +57,13 @@ class Pair:
     plain: Optimizer
     num_steps: int = 0
 
+    def both(self) -> list[tuple[list[Tensor], Optimizer]]:
+        """Ours, then theirs."""
+        return [(self.ours, self.optimizer), (self.theirs, self.plain)]
+
     def give_gradients(self, missing: Iterable[int] = (), contiguous: bool = False) -> None:
         """Those of the next step, to all that want one."""
-        for parameters in (self.ours, self.theirs):
+        for parameters, _ in self.both():
             for index, parameter in enumerate(parameters):
                 parameter.grad = None
                 if parameter.requires_grad and index not in missing:
@@ -64,8 +73,8 @@ class Pair:
     def step(self, missing: Iterable[int] = (), contiguous: bool = False) -> None:
         """One step of both, on the same gradients."""
         self.give_gradients(missing, contiguous)
-        self.optimizer.step()
-        self.plain.step()
+        for _, optimizer in self.both():
+            optimizer.step()
         self.num_steps += 1
 
     def train(self, steps: int, **how: Any) -> Pair:
@@ -98,6 +107,9 @@ def comparable(state_dict: dict[str, Any]) -> dict[str, Any]:
     return {"state": dict(sorted(state_dict["state"].items())), "param_groups": groups}
 
 
+OURS_ALONE = ("process_group", "guards")
+
+
 def pair(
     make: Make,
     optimizer_class: type[Optimizer] = AdamW,
@@ -108,11 +120,11 @@ def pair(
     """Two equal trainings at their beginning. A collective."""
     ours, theirs = make(), make()
     options = {"lr": 0.01, **options}
-    plain_options = dict(options)
-    if kernel == "auto" and all(parameter.is_floating_point() for parameter in ours):
-        plain_options["fused"] = True
+    plain_options = {key: value for key, value in options.items() if key not in OURS_ALONE}
     optimizer = ShardedOptimizer(
         arrange(ours), optimizer_class, kernel=kernel, bucket_cap_mb=SMALL_BUCKETS, **options
     )
+    if kernel == "auto" and optimizer.optim.param_groups[0].get("fused"):
+        plain_options["fused"] = True
     plain = optimizer_class(arrange(theirs), **plain_options)
     return Pair(ours, theirs, optimizer, plain)

@@ -156,7 +156,7 @@ def sutskever(case: Case, steps: int) -> list[torch.Tensor]:
 
 @on_ranks(1, 2, 3)
 @pytest.mark.parametrize("kernel", ["torch", "auto"])
-def test_a_network_in_ddp(kernel, rank):
+def test_a_network_in_ddp(kernel, rank, world_size):
     """Real training, each rank on its own part of the batch, as with the plain class."""
     networks = [DistributedDataParallel(network()) for _ in range(2)]
     parameters = [list(each.parameters()) for each in networks]
@@ -164,6 +164,8 @@ def test_a_network_in_ddp(kernel, rank):
     ours = ShardedOptimizer(parameters[0], AdamW, kernel=kernel, bucket_cap_mb=0.02, **options)
     twin = AdamW(parameters[1], **options, fused=kernel == "auto" or None)
     batch = torch.randn(16, 24, generator=torch.Generator().manual_seed(rank))
+    held = sum(tensor.numel() for tensor in ours.optim.param_groups[0]["params"])
+    assert held == NETWORK_NUMEL if world_size == 1 else 0 < held < NETWORK_NUMEL
     losses = []
     for step in range(6):
         for each, optimizer in zip(networks, (ours, twin), strict=True):
@@ -178,8 +180,11 @@ def test_a_network_in_ddp(kernel, rank):
     assert_same(ours.state_dict()["state"], twin.state_dict()["state"])
 
 
+NETWORK_NUMEL = 24 * 64 + 64 + 64 * 40 + 40 + 40 + 1
+
+
 def network() -> nn.Module:
-    """The same on every rank; its middle layer is cut."""
+    """The same on every rank."""
     torch.manual_seed(3)
     return nn.Sequential(
         nn.Linear(24, 64), nn.Tanh(), nn.Linear(64, 40), nn.Tanh(), nn.Linear(40, 1)

@@ -10,16 +10,12 @@ from torch.optim import SGD, Adafactor, Adagrad, AdamW, Muon
 
 from shardopt import ShardedOptimizer
 from shardopt.errors import AgreementError, UnsupportedError
-from tests.pairs import Pair, WholeAdamW, comparable, pair, random_gradient, random_parameters
+from tests.pairs import Pair, WholeAdamW, comparable, four, pair, random_gradient, random_parameters
 from tests.ranks import on_ranks
 from tests.twins import assert_same
 
 CLASSES = [AdamW, SGD, Adagrad, Adafactor, WholeAdamW]
 every_class = pytest.mark.parametrize("optimizer_class", CLASSES, ids=lambda c: c.__name__)
-
-
-def four():
-    return random_parameters((70, 33), (5,), (40, 40), (2500,))
 
 
 def names(count, first=0):
@@ -127,7 +123,7 @@ def test_a_bare_tensor_is_refused():
 
 
 def add_group(trained: Pair, *shapes, **options) -> None:
-    for parameters, optimizer in ((trained.ours, trained.optimizer), (trained.theirs, trained.plain)):
+    for parameters, optimizer in trained.both():
         new = random_parameters(*shapes)
         parameters += new
         optimizer.add_param_group({"params": new, **options})
@@ -170,7 +166,7 @@ def test_matrices_are_added_for_muon_and_nothing_else():
 @on_ranks(1, 2, 3)
 def test_a_group_is_added_by_name():
     trained = pair(four, AdamW, named).train(1)
-    for parameters, optimizer in ((trained.ours, trained.optimizer), (trained.theirs, trained.plain)):
+    for parameters, optimizer in trained.both():
         new = random_parameters((50, 50))
         parameters += new
         optimizer.add_param_group({"params": zip(names(1, first=4), new, strict=True)})
@@ -280,7 +276,7 @@ def test_a_group_that_differs_between_ranks_is_added_nowhere(what, rank):
             "value": [nn.Parameter(torch.zeros(50, 50))],
             "number": [*new, nn.Parameter(torch.ones(3))],
         }.get(what, new)
-    with pytest.raises(AgreementError, match="ranks differ in .*rank 1 has .*, rank 0 has "):
+    with pytest.raises(AgreementError, match=r"ranks differ in .*rank 1 has .*, rank 0 has "):
         trained.optimizer.add_param_group({"params": new, **options})
     assert len(trained.optimizer.param_groups) == 1
     trained.train(1)

@@ -9,8 +9,9 @@ import torch
 from torch.optim import LBFGS, SGD, Adam, SparseAdam
 
 from shardopt import ShardedOptimizer
+from shardopt.algos import algorithm_for
 from shardopt.errors import AgreementError, UnsupportedError
-from tests.bank import REFUSED_CLASSES
+from tests.bank import FUSED_BY_AUTO, REFUSED_CLASSES
 from tests.ranks import on_ranks
 
 with warnings.catch_warnings():
@@ -19,9 +20,23 @@ with warnings.catch_warnings():
 
 ENTRIES = {info.optim_cls.__name__: info for info in optim_db}
 ELSEWHERE = "failed where this one did not"
-DIFFERENTIABLE = [
-    info.optim_cls for info in optim_db if "differentiable" in info.supported_impls
-]  # the classes that take the argument
+REFUSED = {
+    # name: (class, options, words of the error)
+    "SparseAdam": (SparseAdam, {}, "SparseAdam is not supported yet.* use torch.optim.SparseAdam"),
+    "LBFGS": (LBFGS, {}, "LBFGS is not supported yet.* use torch.optim.LBFGS"),
+    "local": (SGD, {"gradients": "local"}, "gradients='local' is not supported yet; use"),
+    "sharded": (SGD, {"gradients": "sharded"}, "gradients='sharded' is not supported yet; use"),
+    "compiled": (SGD, {"kernel": "compiled"}, "kernel='compiled' is not supported yet; use"),
+    **{
+        f"{name} differentiable": (
+            info.optim_cls,
+            {"differentiable": True},
+            "differentiable=True is not supported",
+        )
+        for name, info in ENTRIES.items()
+        if "differentiable" in info.supported_impls
+    },
+}
 
 
 class Attempt(NamedTuple):
@@ -112,22 +127,9 @@ def test_an_argument_that_one_rank_alone_lacks(rank):
 
 
 @on_ranks(1, 2, 3)
-@pytest.mark.parametrize(
-    "optimizer_class, options, words",
-    [
-        (SparseAdam, {}, "SparseAdam is not supported yet.* use torch.optim.SparseAdam"),
-        (LBFGS, {}, "LBFGS is not supported yet.* use torch.optim.LBFGS"),
-        (SGD, {"gradients": "local"}, "gradients='local' is not supported yet; use"),
-        (SGD, {"gradients": "sharded"}, "gradients='sharded' is not supported yet; use"),
-        (SGD, {"kernel": "compiled"}, "kernel='compiled' is not supported yet; use"),
-        *(
-            (optimizer_class, {"differentiable": True}, "differentiable=True is not supported")
-            for optimizer_class in DIFFERENTIABLE
-        ),
-    ],
-    ids=str,
-)
-def test_refused_in_one_line(optimizer_class, options, words):
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_in_one_line(name):
+    optimizer_class, options, words = REFUSED[name]
     parameter = torch.nn.Parameter(torch.ones(3))
     before = parameter.data_ptr()
     with pytest.raises(UnsupportedError, match=words) as caught:
@@ -153,3 +155,11 @@ def test_what_is_no_choice_at_all_is_a_value_error(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))}: expected .* got") as caught:
         ShardedOptimizer([torch.nn.Parameter(torch.ones(3))], SGD, **options)
     assert not isinstance(caught.value, UnsupportedError)
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_auto_fuses_only_where_torch_can(name):
+    optimizer_class = ENTRIES[name].optim_cls
+    devices = algorithm_for(optimizer_class).fused_devices & {"cpu", "cuda"}
+    assert devices == set(FUSED_BY_AUTO.get(optimizer_class, "").split())
+    assert devices <= set(ENTRIES[name].supports_fused_on)

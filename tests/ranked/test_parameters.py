@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import Parameter
 from torch.optim import SGD, Adagrad, AdamW
 
-from tests.pairs import WholeAdamW, pair, random_parameters
+from tests.pairs import WholeAdamW, four, pair, random_parameters
 from tests.ranks import on_ranks
 
 RULES = {
@@ -119,15 +119,11 @@ def test_more_ranks_than_elements(rule, shapes):
 # -- presence --------------------------------------------------------------------------------------
 
 
-def some_of_each():
-    return random_parameters((70, 33), (5,), (40, 40), (2500,))
-
-
 @on_ranks(1, 2, 3)
 @every_rule
 def test_frozen_parameters_stay_as_they_are(rule):
     def make():
-        parameters = some_of_each()
+        parameters = four()
         for index in (0, 2):
             parameters[index].requires_grad_(False)
         return [*parameters, Parameter(torch.arange(5), requires_grad=False)]
@@ -142,7 +138,7 @@ def test_frozen_parameters_stay_as_they_are(rule):
 @on_ranks(1, 2, 3)
 @every_rule
 def test_unused_parameters_have_no_state(rule):
-    trained = pair(some_of_each, **RULES[rule]).train(3, missing=[0, 1])
+    trained = pair(four, **RULES[rule]).train(3, missing=[0, 1])
     has_state = rule == "Adagrad"  # which makes it when it is constructed
     assert [i in trained.optimizer.state_dict()["state"] for i in range(4)] == [
         has_state,
@@ -155,13 +151,13 @@ def test_unused_parameters_have_no_state(rule):
 @on_ranks(1, 2, 3)
 @every_rule
 def test_no_gradients_at_all_change_nothing(rule):
-    pair(some_of_each, **RULES[rule]).train(1).train(2, missing=range(4)).train(1)
+    pair(four, **RULES[rule]).train(1).train(2, missing=range(4)).train(1)
 
 
 @on_ranks(1, 2, 3)
 @every_rule
 def test_trainability_may_change_between_steps(rule):
-    trained = pair(some_of_each, **RULES[rule])
+    trained = pair(four, **RULES[rule])
     for trainable in ([0, 1], [1, 2], [], [3], [0, 1, 2, 3], [2]):
         for parameters in (trained.ours, trained.theirs):
             for index, parameter in enumerate(parameters):
@@ -218,6 +214,6 @@ def duplicated(parameters):
 @pytest.mark.parametrize("rule", ["AdamW", "SGD", "Adagrad", "whole AdamW"])
 def test_duplicates_in_a_group_are_warned_of_and_stepped_twice_as_by_torch(rule):
     with pytest.warns(UserWarning, match="a parameter group with duplicate parameters") as seen:
-        trained = pair(some_of_each, arrange=duplicated, **RULES[rule])
+        trained = pair(four, arrange=duplicated, **RULES[rule])
     assert len(seen) == 2  # ours once, and the plain one
     trained.train(3)

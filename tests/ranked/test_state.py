@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import SGD, Adafactor, Adagrad, AdamW
 
 from shardopt import ShardedOptimizer
-from shardopt.errors import AgreementError, StaleStateError
+from shardopt.errors import AgreementError, StaleStateError, UnsupportedError
 from tests.ranks import on_ranks
 from tests.twins import SMALL_BUCKETS, assert_same, assert_same_parameters, make_model, train
 
@@ -307,6 +307,30 @@ def test_a_class_we_do_not_know_keeps_any_state(rank):
     train(model, again, 3, 5)
     train(theirs, twin, 3, 5)
     assert_same_parameters(model, theirs)
+
+
+class Sparse(Nested):
+    """A class whose state of the first parameter cannot be moved as it is."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.ndim == 2 and parameter.shape[0] == 37:
+                    self.state[parameter]["sparse"] = torch.eye(3).to_sparse()
+
+
+@on_ranks(2, 3)
+def test_state_that_cannot_travel_is_refused_on_every_rank():
+    model = make_model()
+    optimizer = sharded(model, Sparse)
+    optimizer.step()
+    held = [state for state in optimizer.optim.state.values() if "sparse" in state]
+    expected = (UnsupportedError, "expected dense") if held else (AgreementError, "rank . failed")
+    with pytest.raises(expected[0], match=expected[1]):
+        optimizer.consolidate_state_dict(to=0)
+    optimizer.optim.state.clear()
+    optimizer.consolidate_state_dict(to=0)
 
 
 @on_ranks(1, 2, 3)

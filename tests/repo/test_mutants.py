@@ -1,0 +1,93 @@
+"""Every synchronisation is missed by a named test when it is taken out.
+
+Each site (see ``tests/mutants.py``) becomes a call that does nothing, one at a time, and the test
+that is named for it here has to fail, on two ranks where it runs on two.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.mutants import ROOT, sites
+
+WAITS = "test_waits.py::test_everything_waits_for_what_it_uses"
+SUBGROUPS = "test_collectives.py::test_subgroups_whose_ranks_know_different_numbers_of_groups"
+PACKED = "test_collectives.py::test_lists_of_tensors_arrive_packed_or_not"
+TEXTS = "test_collectives.py::test_small_messages"
+OTHER_TARGET = "test_state.py::test_ranks_that_consolidate_differently_are_named"
+OTHER_STATE = "test_state.py::test_ranks_that_load_different_states_are_named"
+MISFIT = "test_state.py::test_what_does_not_fit_is_refused_on_every_rank"
+STUCK = "test_state.py::test_state_that_cannot_travel_is_refused_on_every_rank"
+OTHER_VALUE = "test_construction.py::test_a_value_that_differs_comes_with_a_remedy"
+OTHER_FACT = "test_construction.py::test_a_difference_is_named_on_every_rank"
+OTHER_GRADIENT = "test_construction.py::test_a_gradient_that_differs_is_named_on_every_rank"
+REFUSED = "test_construction.py::test_what_one_rank_refuses_is_refused_by_all"
+REFUSED_GROUP = "test_groups.py::test_a_group_that_one_rank_refuses_is_added_nowhere"
+SPARSE = (
+    "test_refusals.py::test_a_sparse_gradient_on_one_rank_is_named_on_every_rank_at_the_first_step"
+)
+REFUSED_STEP = "test_optim_db.py::test_raises_what_the_class_raises"
+SCHEDULE = "test_sched.py::test_another_class_on_one_rank_is_named"
+METRIC = "test_sched.py::test_plateau_decides_alike_from_different_metrics"
+
+# The beginning of a site's name -> the test; the longest that fits counts.
+KILLERS = {
+    "comm/collectives.py": WAITS,
+    "comm/collectives.py::gather_texts": TEXTS,
+    "comm/torch_group.py": WAITS,
+    "comm/torch_group.py::_know_equally_many_groups": SUBGROUPS,
+    "comm/transfer.py": WAITS,
+    "comm/transfer.py::receive_tensors": PACKED,
+    "comm/transfer.py::send_tensors": PACKED,
+    "guard.py::agree::": OTHER_TARGET,
+    "guard.py::all_or_none": MISFIT,
+    "guard.py::agree_on_values": OTHER_VALUE,
+    "guard.py::agree_on_gradients": OTHER_GRADIENT,
+    "guard.py::_agree_on_tensors": OTHER_VALUE,
+    "optimizer.py::ShardedOptimizer.__init__": REFUSED,
+    "optimizer.py::ShardedOptimizer.add_param_group": REFUSED_GROUP,
+    "optimizer.py::ShardedOptimizer._build::agree": OTHER_FACT,
+    "optimizer.py::ShardedOptimizer._build::agree_on_values": OTHER_VALUE,
+    "optimizer.py::ShardedOptimizer._check_first_step::all_or_none": SPARSE,
+    "optimizer.py::ShardedOptimizer._check_first_step::agree_on_gradients": OTHER_GRADIENT,
+    "optimizer.py::ShardedOptimizer.agree": SCHEDULE,
+    "optimizer.py::ShardedOptimizer.step": REFUSED_STEP,
+    "sched/agreement.py": SCHEDULE,
+    "sched/plateau.py": METRIC,
+    "shard.py": WAITS,
+    "state/consolidate.py": WAITS,
+    "state/consolidate.py::_exchange_outlines::all_or_none": STUCK,
+    "state/load.py": WAITS,
+    "state/load.py::load::agree": OTHER_STATE,
+    "state/load.py::load::all_or_none": MISFIT,
+    "state/snapshot.py": OTHER_TARGET,
+}
+
+
+def fitting(site: str) -> list[str]:
+    """The lines that speak of a site, the most particular last."""
+    return sorted((line for line in KILLERS if site.startswith(f"shardopt/{line}")), key=len)
+
+
+def test_every_site_has_a_line_and_every_line_a_site():
+    assert [site for site in sites() if not fitting(site)] == []
+    assert set(KILLERS) == {fitting(site)[-1] for site in sites()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("site", sites())
+def test_a_mutant_dies(site):
+    killer = KILLERS[fitting(site)[-1]]
+    environment = os.environ | {
+        "SHARDOPT_MUTANT": site,
+        "SHARDOPT_TEST_TIMEOUT": "10",
+        "OMP_NUM_THREADS": "1",
+    }
+    ranks = "ranks4" if killer is SUBGROUPS else "ranks2"
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command += ["-k", ranks, f"tests/ranked/{killer}"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 1, f"{killer} did not fail:\n{run.stdout[-2000:]}{run.stderr}"
+    assert "1 failed" in run.stdout, run.stdout[-2000:]
