@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ class Algorithm:
     atom: Atom
     per_element: frozenset[str] = frozenset()
     shapes: Mapping[str, Callable[[Shape], Shape]] | None = None
-    cost: Callable[[Shape], int]
+    cost: Callable[[Shape], int] = math.prod
     fused: Callable[[Mapping[str, Any]], bool] = lambda group: False
     fused_devices: frozenset[str] = frozenset()
     refusal: str | None = None

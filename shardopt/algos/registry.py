@@ -21,8 +21,8 @@ any other                                            TENSOR   its update may rea
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -51,25 +51,17 @@ def register(optimizer_class: type[Optimizer], *, per_element: Iterable[str]) ->
     """
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
         raise TypeError(f"expected a subclass of torch.optim.Optimizer, got {optimizer_class!r}")
-    _know(
-        Algorithm(
-            optimizer_class=optimizer_class,
-            atom=Atom.ELEMENT,
-            per_element=frozenset(per_element),
-            cost=math.prod,
-        )
-    )
+    _know(optimizer_class, Atom.ELEMENT, per_element=frozenset(per_element))
 
 
 def algorithm_for(optimizer_class: type[Optimizer]) -> Algorithm:
     """What is known of ``optimizer_class``; of an unknown one, that whole parameters are safe."""
-    return _KNOWN.get(optimizer_class) or Algorithm(
-        optimizer_class=optimizer_class, atom=Atom.TENSOR, cost=math.prod
-    )
+    unknown = Algorithm(optimizer_class=optimizer_class, atom=Atom.TENSOR)
+    return _KNOWN.get(optimizer_class, unknown)
 
 
-def _know(algorithm: Algorithm) -> None:
-    _KNOWN[algorithm.optimizer_class] = algorithm
+def _know(optimizer_class: type[Optimizer], atom: Atom, **traits: Any) -> None:
+    _KNOWN[optimizer_class] = Algorithm(optimizer_class=optimizer_class, atom=atom, **traits)
 
 
 def _newton_schulz(shape: Shape) -> int:
@@ -85,7 +77,9 @@ def _column_variance(shape: Shape) -> Shape:
     return (*shape[:-2], 1, shape[-1])
 
 
+_CPU_AND_CUDA = frozenset({"cpu", "cuda"})
 _optim = torch.optim
+
 for _class, _names in {
     _optim.Adamax: ("exp_avg", "exp_inf"),
     _optim.NAdam: ("exp_avg", "exp_avg_sq"),
@@ -96,60 +90,35 @@ for _class, _names in {
     _optim.ASGD: ("ax",),
 }.items():
     register(_class, per_element=_names)
-
-_EVERYWHERE = frozenset({"cpu", "cuda", "xpu", "mps"})
 for _class in (_optim.Adam, _optim.AdamW):
     _know(
-        Algorithm(
-            optimizer_class=_class,
-            atom=Atom.ELEMENT,
-            per_element=frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}),
-            cost=math.prod,
-            fused=lambda group: True,
-            fused_devices=_EVERYWHERE,
-        )
-    )
-_know(
-    Algorithm(
-        optimizer_class=_optim.Adagrad,
-        atom=Atom.ELEMENT,
-        per_element=frozenset({"sum"}),
-        cost=math.prod,
+        _class,
+        Atom.ELEMENT,
+        per_element=frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}),
         fused=lambda group: True,
-        fused_devices=frozenset({"cpu"}),
+        fused_devices=_CPU_AND_CUDA,
     )
+_know(
+    _optim.Adagrad,
+    Atom.ELEMENT,
+    per_element=frozenset({"sum"}),
+    fused=lambda group: True,
+    fused_devices=frozenset({"cpu"}),
 )
 _know(
-    Algorithm(
-        optimizer_class=_optim.SGD,
-        atom=Atom.ELEMENT,
-        per_element=frozenset({"momentum_buffer"}),
-        cost=math.prod,
-        # With momentum torch's fused kernel fails when a parameter's first gradient comes late.
-        fused=lambda group: group["momentum"] == 0,
-        fused_devices=_EVERYWHERE,
-    )
+    _optim.SGD,
+    Atom.ELEMENT,
+    per_element=frozenset({"momentum_buffer"}),
+    # With momentum torch's fused kernel fails when a parameter's first gradient comes late.
+    fused=lambda group: group["momentum"] == 0,
+    fused_devices=_CPU_AND_CUDA,
 )
 _know(
-    Algorithm(
-        optimizer_class=_optim.Adafactor,
-        atom=Atom.TENSOR,
-        per_element=frozenset({"variance"}),
-        shapes={"row_var": _row_variance, "col_var": _column_variance},
-        cost=math.prod,
-    )
+    _optim.Adafactor,
+    Atom.TENSOR,
+    per_element=frozenset({"variance"}),
+    shapes={"row_var": _row_variance, "col_var": _column_variance},
 )
-if hasattr(_optim, "Muon"):  # torch 2.9
-    _know(
-        Algorithm(
-            optimizer_class=_optim.Muon,
-            atom=Atom.TENSOR,
-            per_element=frozenset({"momentum_buffer"}),
-            cost=_newton_schulz,
-        )
-    )
-for _class, _reason in {
-    _optim.SparseAdam: "its state has to be cut by rows",
-    _optim.LBFGS: "its inner products have to be summed over ranks",
-}.items():
-    _know(Algorithm(optimizer_class=_class, atom=Atom.TENSOR, cost=math.prod, refusal=_reason))
+_know(_optim.Muon, Atom.TENSOR, per_element=frozenset({"momentum_buffer"}), cost=_newton_schulz)
+_know(_optim.SparseAdam, Atom.TENSOR, refusal="its state has to be cut by rows")
+_know(_optim.LBFGS, Atom.TENSOR, refusal="its inner products have to be summed over ranks")
