@@ -69,6 +69,7 @@ class ParameterBuffers:
         self.buckets: list[Tensor] = []
         self._homes: list[tuple[object, ...]] = []
         self._aliases: list[Tensor] = []
+        self._slots: list[Tensor] = []
 
     def adopt(self, layout: Layout, parameters: Sequence[Tensor]) -> None:
         """Move the parameters that ``layout`` adds, one bucket's memory at a time."""
@@ -77,6 +78,7 @@ class ParameterBuffers:
         self.strides += [dense_strides(parameter) for parameter in parameters]
         self._homes += [()] * len(parameters)
         self._aliases += [torch.empty(0)] * len(parameters)
+        self._slots += [torch.empty(0)] * len(parameters)
         for bucket in layout.buckets[len(self.buckets) :]:
             device = self.parameters[bucket.slots[0].parameter].device
             buffer = self._collectives.allocate(bucket.numel, bucket.dtype, device)
@@ -87,11 +89,25 @@ class ParameterBuffers:
         for slot in bucket.slots:
             index = slot.parameter
             assert index >= first, "a parameter is adopted once"
-            parameter = self.parameters[index]
-            home = buffer.as_strided(parameter.shape, self.strides[index], slot.start)
-            alias = torch.from_dlpack(home.detach())
-            self._aliases[index], self._homes[index] = alias, _whereabouts(alias)
+            self._slots[index] = buffer[slot.start : slot.stop]
+            self._aliases[index] = self._alias(index)
+            self._homes[index] = _whereabouts(self._aliases[index])
             self._move_in(index)
+
+    def _alias(self, index: int) -> Tensor:
+        """The slot's memory, shaped as the parameter, with a storage of its own.
+
+        It passes through DLPack as bytes: torch 2.9 refuses float8 there, and changes strides.
+        """
+        parameter, slot = self.parameters[index], self._slots[index]
+        own = torch.from_dlpack(slot.view(torch.uint8)).view(slot.dtype)
+        return own.as_strided(parameter.shape, self.strides[index])
+
+    def release(self, num_parameters: int, num_buckets: int) -> None:
+        """Keep the first parameters and buckets only; the others live as long as their users."""
+        for rows in (self.parameters, self.strides, self._homes, self._aliases, self._slots):
+            del rows[num_parameters:]
+        del self.buckets[num_buckets:]
 
     def _move_in(self, index: int) -> None:
         """Copy a parameter's value to its slot and make the slot its storage."""
@@ -104,7 +120,7 @@ class ParameterBuffers:
     def take_back(self, names: Sequence[str]) -> None:
         """Move parameters that were taken out of their buckets back in.
 
-        Compares data pointers and strides, so it costs no device synchronisation.
+        Compares where and how they lie, so it costs no device synchronisation.
 
         Raises:
             ParameterError: one cannot come back, since its shape, dtype or device is another now.
@@ -112,6 +128,14 @@ class ParameterBuffers:
         for index, parameter in enumerate(self.parameters):
             if _whereabouts(parameter) == self._homes[index]:
                 continue
+            if _whereabouts(self._aliases[index]) != self._homes[index]:  # share_memory() did it
+                self._aliases[index] = self._alias(index)
+                warnings.warn(
+                    f"the memory of parameter {names[index]!r} is no longer shared with other "
+                    "processes: ShardedOptimizer has taken it back into its bucket; share the "
+                    "model before constructing ShardedOptimizer",
+                    stacklevel=4,
+                )
             alias = self._aliases[index]
             now = (tuple(parameter.shape), parameter.dtype, parameter.device)
             before = (tuple(alias.shape), alias.dtype, alias.device)

@@ -25,8 +25,8 @@ class UnsupportedError(ShardoptError, ValueError):
 class AgreementError(ShardoptError, RuntimeError):
     """Ranks brought different facts to a point where they must agree.
 
-    Raised on every rank of the group with the same message, which names the first difference,
-    the rank that differs, and both values.
+    Raised on every rank of the group. The message names the first difference, the rank that differs
+    and both values; or the rank on which something failed, and its error.
     """
 
 

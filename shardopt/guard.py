@@ -31,7 +31,7 @@ def agree(collectives: Collectives, facts: Mapping[str, object], remedy: str) ->
         f"{name}\t{describe(value)}".replace("\n", " ") for name, value in facts.items()
     )
     digest = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
-    rows = collectives.all_gather_rows(torch.tensor([digest]))
+    rows = collectives.all_gather_rows(torch.tensor([digest], device="cpu"))
     if (rows == rows[0]).all():
         return
     texts = gather_texts(collectives, text.encode())
@@ -66,6 +66,8 @@ def describe(value: Any) -> str:
         return f"tensor({value.tolist()}, {value.dtype})"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{k!r}: {describe(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (set, frozenset)):
+        return "{" + ", ".join(sorted(describe(item) for item in value)) + "}"
     if isinstance(value, (list, tuple)):
         return "(" + ", ".join(describe(item) for item in value) + ")"
     text = repr(value)
@@ -85,12 +87,17 @@ def all_or_none(collectives: Collectives) -> Iterator[None]:
         yield
     except Exception as problem:
         error = problem
-    failed = collectives.all_gather_rows(torch.tensor([int(error is not None)])).flatten()
+    failed = collectives.all_gather_rows(
+        torch.tensor([int(error is not None)], device="cpu")
+    ).flatten()
     if not failed.any():
         return
     texts = gather_texts(collectives, f"{type(error).__name__}: {error}".encode() if error else b"")
     if error is not None:
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # or its traceback and this frame hold one another
     rank = int(failed.nonzero()[0])
     raise AgreementError(f"rank {rank} failed where this one did not: {texts[rank].decode()}")
 
@@ -128,7 +135,7 @@ def _agree_on_tensors(
     if collectives.world_size == 1 or not tensors:
         return
     prints = [0 if tensor is None else fingerprint(tensor) for tensor in tensors]
-    rows = collectives.all_gather_rows(torch.tensor(prints))
+    rows = collectives.all_gather_rows(torch.tensor(prints, device="cpu"))
     for name, column in zip(names, rows.T.tolist(), strict=True):
         if len(set(column)) > 1:
             values = [f"hash {value & (1 << 64) - 1:016x}" if value else "none" for value in column]

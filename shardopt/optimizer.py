@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from shardopt.algos import algorithm_for
 from shardopt.comm import Collectives, choose_collectives
 from shardopt.guard import agree, agree_on_gradients, agree_on_values, all_or_none
+from shardopt.local_state import LocalState
 from shardopt.policies import Guards
-from shardopt.shard import Group, LocalState, Shard, unique_parameters
+from shardopt.shard import Group, Shard, unique_parameters
 from shardopt.state import Snapshot, load
 from shardopt.validation import (
     group_facts,
@@ -60,8 +61,7 @@ class ShardedOptimizer(Optimizer):
 
     Raises:
         TypeError, ValueError, RuntimeError: what ``optimizer_class`` raises for bad options.
-        UnsupportedError: something shardopt does not do.
-        AgreementError: on every rank, if ranks bring different things.
+        UnsupportedError, AgreementError: what shardopt does not do; ranks that differ.
 
     Example:
         >>> model = DistributedDataParallel(model)
@@ -117,10 +117,7 @@ class ShardedOptimizer(Optimizer):
     # -- groups --------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group, at any time. Collective; see ``torch.optim.Optimizer.add_param_group``.
-
-        If it is refused, on any rank, the optimizer stays as it was.
-        """
+        """Add a group, at any time. Collective. Refused on any rank, it is added on none."""
         if not self._built:
             super().add_param_group(param_group)
             return
@@ -148,7 +145,7 @@ class ShardedOptimizer(Optimizer):
         agree(self.collectives, facts, remedy)
         if self.guards.replicas:
             agree_on_values(self.collectives, names, unique_parameters(groups))
-        self._shard.extend(layout, groups)
+        self._shard.extend(layout, groups, all_or_none(self.collectives))
 
     # -- stepping ------------------------------------------------------------------------------
 
@@ -183,6 +180,7 @@ class ShardedOptimizer(Optimizer):
     def _check_step(self) -> None:
         """Take parameters back that left their buckets; refuse gradients that cannot be cut."""
         shard = self._shard
+        shard.check_groups(self.param_groups)
         shard.buffers.take_back(shard.names)
         refuse_gradients(shard.parameters, shard.names, shard.algorithm)
 
@@ -209,11 +207,14 @@ class ShardedOptimizer(Optimizer):
     @property
     def state(self) -> Any:
         """Parameter -> state of this rank's part of it. Use ``state_dict`` for the whole."""
-        return LocalState(self._shard) if self._served is None else self._served
+        served = self._served
+        return LocalState(self._shard, self._snapshot.drop) if served is None else served
 
     @state.setter
     def state(self, value: Any) -> None:
-        """Torch's constructor sets it empty; the state lives in the local optimizer."""
+        if self._built:  # torch's constructor sets it, too
+            self.state.clear()
+            self.state.update(value)
 
     def consolidate_state_dict(self, to: int | None = 0) -> None:
         """Put the full state together in CPU memory of rank ``to``. Collective.
@@ -224,10 +225,9 @@ class ShardedOptimizer(Optimizer):
             to: a rank of the group, or ``None`` for every rank.
 
         Raises:
-            ValueError: no such rank.
-            AgreementError: ranks call it for different targets or after different steps.
+            AgreementError: ranks differ in ``to``, in options, or in steps taken.
         """
-        self._snapshot.take(to)
+        self._snapshot.take(to, self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """The state in torch's form, with full tensors; loads into plain ``torch.optim``.
@@ -256,11 +256,12 @@ class ShardedOptimizer(Optimizer):
         Raises:
             ValueError: groups or shapes do not fit, named by parameter; on every rank.
         """
-        if state_dict is not None and (from_ is None or from_ == self.collectives.rank):
-            state_dict = copy.copy(state_dict)
-            for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-                changed = pre_hook(self, state_dict)
-                state_dict = state_dict if changed is None else changed
+        with all_or_none(self.collectives):
+            if state_dict is not None and (from_ is None or from_ == self.collectives.rank):
+                state_dict = copy.copy(state_dict)
+                for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+                    changed = pre_hook(self, state_dict)
+                    state_dict = state_dict if changed is None else changed
         load(self._shard, self.param_groups, state_dict, from_)
         self._snapshot.drop()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

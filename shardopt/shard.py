@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch.optim import Optimizer
 from shardopt.algos import Algorithm
 from shardopt.buffers import ParameterBuffers
 from shardopt.comm import Collectives
+from shardopt.errors import ParameterError, UnsupportedError
 from shardopt.layout import Layout, ParameterSpec, Segment, plan_layout
 
 Group = dict[str, Any]
@@ -59,6 +62,7 @@ class Shard:
         self.names: list[str] = []
         self._index: dict[int, int] = {}  # id of the user's tensor -> parameter index
         self._may_fuse: list[bool] = []  # by group
+        self._members: list[list[int]] = []  # by group: ids of its parameters
 
     # -- building ------------------------------------------------------------------------------
 
@@ -84,9 +88,19 @@ class Shard:
             extend=self.layout,
         )
 
-    def extend(self, layout: Layout, groups: Sequence[Group]) -> None:
-        """Move the parameters of new ``groups`` into buckets and give the class their segments."""
-        parameters, first_bucket = unique_parameters(groups), len(self.layout.buckets)
+    def extend(
+        self,
+        layout: Layout,
+        groups: Sequence[Group],
+        guard: AbstractContextManager[None] | None = None,
+    ) -> None:
+        """Move the parameters of new ``groups`` into buckets and give the class their segments.
+
+        The class is constructed within ``guard``. If it raises there, the shard is as it was; the
+        parameters stay usable where they lie.
+        """
+        known, first_bucket = self.layout, len(self.layout.buckets)
+        parameters = unique_parameters(groups)
         for index, parameter in enumerate(parameters, len(self.parameters)):
             self._index[id(parameter)] = index
         self.buffers.adopt(layout, parameters)
@@ -99,10 +113,27 @@ class Shard:
                 self.segments[segment.parameter] = (segment, tensor)
         for group in groups:
             self._may_fuse.append(_may_fuse(group["params"], self.algorithm.fused_devices))
-        self._add_groups(groups)
+        try:
+            with guard or nullcontext():
+                fresh = self._construct(groups)
+        except Exception:
+            self._retract(known)
+            raise
+        self._take(fresh)
+        self._members += [[id(parameter) for parameter in group["params"]] for group in groups]
 
-    def _add_groups(self, groups: Sequence[Group]) -> None:
-        first = len(self.optim.param_groups) if hasattr(self, "optim") else 0
+    def _retract(self, known: Layout) -> None:
+        """Undo the part of ``extend`` that went before a failure."""
+        for parameter in self.parameters[len(known.parameters) :]:
+            self.segments.pop(self._index.pop(id(parameter)), None)
+        self.buffers.release(len(known.parameters), len(known.buckets))
+        self.layout = known
+        self.names = self.names[: len(known.parameters)]
+        del self._may_fuse[len(self._members) :]
+
+    def _construct(self, groups: Sequence[Group]) -> Optimizer:
+        """An instance of the class over this rank's segments of new ``groups``."""
+        first = len(self._members)
         local = []
         for number, group in enumerate(groups, first):
             held = [self._index[id(parameter)] for parameter in group["params"]]
@@ -112,12 +143,34 @@ class Shard:
             # The user has been warned of duplicate parameters by the group that has them.
             warnings.filterwarnings("ignore", "optimizer contains a parameter group with dup")
             fresh = self.algorithm.optimizer_class(local, **self.options)
-            if first == 0:
-                self.optim = fresh
-                return
-            for group in fresh.param_groups:
-                self.optim.add_param_group(group)
-        self.optim.state.update(fresh.state)  # what the class keeps from construction (Adagrad)
+        if len(fresh.param_groups) != len(local):
+            raise UnsupportedError(
+                f"{type(fresh).__name__} makes {len(fresh.param_groups)} groups out of "
+                f"{len(local)}; shardopt needs one to each of yours"
+            )
+        return fresh
+
+    def _take(self, fresh: Optimizer) -> None:
+        """Adopt a new instance, or its groups and what it keeps for their parameters (Adagrad)."""
+        if not hasattr(self, "optim"):
+            self.optim = fresh
+            return
+        for group in fresh.param_groups:
+            self.optim.add_param_group(group)
+        self.optim.state.update({k: s for k, s in fresh.state.items() if isinstance(k, Tensor)})
+
+    def check_groups(self, groups: Sequence[Group]) -> None:
+        """Refuse groups whose parameters are not those that were built."""
+        members = [[id(parameter) for parameter in group["params"]] for group in groups]
+        if members == self._members:
+            return
+        pairs = zip_longest(members, self._members)
+        number = next(i for i, (now, built) in enumerate(pairs) if now != built)
+        raise ParameterError(
+            "param_groups: expected the groups and parameters that the optimizer was built with, "
+            f"got others from group {number} on; use add_param_group, or construct "
+            "ShardedOptimizer anew and load the state"
+        )
 
     def clone(self, groups: Sequence[Group]) -> Shard:
         """A shard of its own over copies of the parameters, in ``groups``, with equal state."""
@@ -153,6 +206,8 @@ class Shard:
             inner.update(options)
         for index, (segment, tensor) in self.segments.items():
             grad = self.parameters[index].grad
+            if grad is not None and grad.dtype != tensor.dtype:
+                tensor.grad_dtype = grad.dtype  # as the user has set it on the parameter
             tensor.grad = None if grad is None else self.buffers.segment_of(grad, segment)
         try:
             _step_without_hooks(self.optim)
@@ -206,53 +261,6 @@ class Shard:
     def index(self, parameter: Tensor) -> int:
         """The index of one of the user's tensors. Raises ``KeyError`` for any other tensor."""
         return self._index[id(parameter)]
-
-
-class LocalState(MutableMapping[Any, Any]):
-    """The user's parameter -> the state of this rank's part of it, live.
-
-    True even when empty: ``torch.distributed.checkpoint`` takes an empty state for a reason to
-    run a phantom ``step()``.
-    """
-
-    def __init__(self, shard: Shard):
-        self._shard = shard
-
-    def _tensor(self, key: Any) -> Any:
-        """The local segment of a parameter; any other key stands for itself."""
-        if not isinstance(key, Tensor):
-            return key
-        segment = self._shard.segments.get(self._shard.index(key))
-        return None if segment is None else segment[1]
-
-    def __getitem__(self, key: Any) -> Any:
-        tensor = self._tensor(key)
-        return {} if tensor is None else self._shard.optim.state[tensor]
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        tensor = self._tensor(key)
-        if tensor is None:
-            raise KeyError("this rank holds no part of the parameter; use load_state_dict")
-        self._shard.optim.state[tensor] = value
-
-    def __delitem__(self, key: Any) -> None:
-        del self._shard.optim.state[self._tensor(key)]
-
-    def __iter__(self) -> Iterator[Any]:
-        state = self._shard.optim.state
-        for index, (_, tensor) in sorted(self._shard.segments.items()):
-            if tensor in state:
-                yield self._shard.parameters[index]
-        yield from (key for key in state if not isinstance(key, Tensor))
-
-    def __len__(self) -> int:
-        return len(self._shard.optim.state)
-
-    def __bool__(self) -> bool:
-        return True
-
-    def __repr__(self) -> str:
-        return f"LocalState({dict(self)!r})"
 
 
 def _step_without_hooks(optim: Optimizer) -> None:

@@ -53,7 +53,10 @@ def list_group(group: Any) -> None:
 
 
 def probe(
-    optimizer_class: type[Optimizer], entries: Sequence[Any], options: Mapping[str, Any]
+    optimizer_class: type[Optimizer],
+    entries: Sequence[Any],
+    options: Mapping[str, Any],
+    device: str = "meta",
 ) -> Optimizer:
     """An instance of the real class over stand-ins without memory: it raises its own errors.
 
@@ -75,13 +78,18 @@ def probe(
         if isinstance(entry, tuple):
             return tuple(replace(part) for part in entry)
         if isinstance(entry, Tensor):
-            return known.setdefault(id(entry), stand_in(entry, "meta"))
+            return known.setdefault(id(entry), stand_in(entry, device))
         return entry
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what there is to warn of, the real construction warns of
         held = [replace(entry) for entry in entries] if isinstance(entries, list) else entries
-        return optimizer_class(held, **options)
+        try:
+            return optimizer_class(held, **options)
+        except (NotImplementedError, RuntimeError):
+            if device != "meta":
+                raise
+    return probe(optimizer_class, entries, options, "cpu")  # it looked at values
 
 
 def stand_in(parameter: Tensor, device: str) -> Tensor:
@@ -102,7 +110,7 @@ def refuse_policies(*, gradients: Any, kernel: Any, guards: Any, bucket_cap_mb: 
     _one_of("kernel", kernel, ["auto", "torch"], later=["compiled"])
     if not isinstance(guards, Guards):
         raise TypeError(f"guards: expected shardopt.Guards, got {type(guards).__name__}")
-    if not isinstance(bucket_cap_mb, (int, float)) or not bucket_cap_mb > 0:
+    if not isinstance(bucket_cap_mb, (int, float)) or not 0 < bucket_cap_mb < float("inf"):
         raise ValueError(f"bucket_cap_mb: expected a positive number of MiB, got {bucket_cap_mb!r}")
 
 
@@ -216,6 +224,16 @@ def parameter_names(groups: Sequence[Group]) -> list[str]:
     return list(names.values())
 
 
+def option_facts(groups: Sequence[Group], first: int = 0) -> dict[str, object]:
+    """The options of ``groups``, by group and name."""
+    return {
+        f"group {number}, {key}": value
+        for number, group in enumerate(groups, first)
+        for key, value in group.items()
+        if key not in NOT_OPTIONS
+    }
+
+
 def group_facts(
     groups: Sequence[Group],
     names: Sequence[str],  # of their parameters
@@ -226,8 +244,7 @@ def group_facts(
     facts: dict[str, object] = {}
     for number, group in enumerate(groups, first):
         facts[f"the number of parameters of group {number}"] = len(group["params"])
-        options = {key: value for key, value in group.items() if key not in NOT_OPTIONS}
-        facts |= {f"group {number}, {key}": value for key, value in options.items()}
+    facts |= option_facts(groups, first)
     named = zip(names, unique_parameters(groups), strict=True)
     for number, (name, parameter) in enumerate(named, first_parameter):
         facts[f"parameter {number}"] = (

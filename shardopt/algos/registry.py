@@ -56,6 +56,9 @@ def register(optimizer_class: type[Optimizer], *, per_element: Iterable[str]) ->
 
 def algorithm_for(optimizer_class: type[Optimizer]) -> Algorithm:
     """What is known of ``optimizer_class``; of an unknown one, that whole parameters are safe."""
+    for known, algorithm in _KNOWN.items():
+        if algorithm.refusal and issubclass(optimizer_class, known):
+            return algorithm
     unknown = Algorithm(optimizer_class=optimizer_class, atom=Atom.TENSOR)
     return _KNOWN.get(optimizer_class, unknown)
 

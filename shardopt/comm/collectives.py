@@ -87,8 +87,10 @@ class Collectives(ABC):
 
 def gather_texts(collectives: Collectives, text: bytes) -> list[bytes]:
     """Every rank's bytes, of any length, by two collectives of fixed size."""
-    lengths = collectives.all_gather_rows(torch.tensor([len(text)])).flatten().tolist()
-    padded = torch.zeros(max(max(lengths), 1), dtype=torch.uint8)
+    lengths = (
+        collectives.all_gather_rows(torch.tensor([len(text)], device="cpu")).flatten().tolist()
+    )
+    padded = torch.zeros(max(max(lengths), 1), dtype=torch.uint8, device="cpu")
     padded[: len(text)] = (
         torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else padded[:0]
     )
@@ -100,7 +102,7 @@ def broadcast_text(collectives: Collectives, text: bytes, source: int) -> bytes:
     """The bytes of rank ``source``, on every rank."""
     length = torch.tensor([len(text)], device=collectives.wire_device)
     collectives.broadcast(length, source).wait()
-    data = torch.zeros(int(length), dtype=torch.uint8)
+    data = torch.zeros(int(length), dtype=torch.uint8, device="cpu")
     if collectives.rank == source and text:
         data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
     data = data.to(collectives.wire_device)

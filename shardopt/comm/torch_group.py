@@ -61,8 +61,9 @@ class TorchCollectives(Collectives):
         """See the base class."""
         even = len({high - low for low, high in pairwise(borders)}) == 1
         if even and self._backends.get(bucket.device.type) == "nccl":
-            shard = bucket[borders[self.rank] : borders[self.rank + 1]]
-            return _all_gather_single(bucket, shard, group=self._group, async_op=True)
+            shard = _as_bytes(bucket[borders[self.rank] : borders[self.rank + 1]])
+            whole = _as_bytes(bucket)
+            return _all_gather_single(whole, shard, group=self._group, async_op=True)
         return Together(
             [
                 self.broadcast(bucket[low:high], source)
@@ -80,15 +81,21 @@ class TorchCollectives(Collectives):
 
     def broadcast(self, tensor: Tensor, source: int) -> Handle:
         """See the base class."""
-        return dist.broadcast(tensor, group=self._group, group_src=source, async_op=True)
+        data = _as_bytes(tensor)
+        return dist.broadcast(data, group=self._group, group_src=source, async_op=True)
 
     def send(self, tensor: Tensor, to: int) -> Handle:
         """See the base class."""
-        return _started(dist.isend(tensor, group=self._group, group_dst=to))
+        return _started(dist.isend(_as_bytes(tensor), group=self._group, group_dst=to))
 
     def receive(self, tensor: Tensor, source: int) -> Handle:
         """See the base class."""
-        return _started(dist.irecv(tensor, group=self._group, group_src=source))
+        return _started(dist.irecv(_as_bytes(tensor), group=self._group, group_src=source))
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """The memory of a contiguous tensor: every backend moves bytes, gloo not every dtype."""
+    return tensor.detach().view(-1).view(torch.uint8)
 
 
 def _started(work: dist.Work | None) -> dist.Work:

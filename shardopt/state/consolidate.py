@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from shardopt.buffers import dense_strides, in_memory_order
 from shardopt.comm.collectives import gather_texts
 from shardopt.comm.transfer import receive_tensors, send_tensors
-from shardopt.errors import UnsupportedError
+from shardopt.errors import AgreementError, UnsupportedError
 from shardopt.guard import all_or_none
 from shardopt.layout import Segment
 from shardopt.shard import Shard
@@ -51,7 +51,25 @@ def _exchange_outlines(shard: Shard, mine: Mapping[Any, State]) -> list[dict[Any
         for state in mine.values():
             _check_sendable(state)
         text = pickle.dumps(tree_map_only(Tensor, TensorSpec.of, dict(mine)))
-    return [pickle.loads(rank) for rank in gather_texts(shard.collectives, text)]
+    outlines = [pickle.loads(rank) for rank in gather_texts(shard.collectives, text)]
+    _check_whole(shard, outlines)
+    return outlines
+
+
+def _check_whole(shard: Shard, outlines: Sequence[Mapping[Any, State]]) -> None:
+    """Every segment of a cut parameter must have the same state; each rank sees if not."""
+    names: dict[Any, tuple[int, list[Any]]] = {}
+    for rank, outline in enumerate(outlines):
+        for bucket in shard.layout.buckets:
+            for segment in bucket.segments(rank):
+                state = list(outline.get(segment.parameter, ()))
+                first, expected = names.setdefault(segment.parameter, (rank, state))
+                if state != expected:
+                    raise AgreementError(
+                        f"ranks differ in the state of {shard.names[segment.parameter]!r}: rank "
+                        f"{rank} has {state}, rank {first} has {expected}; load one complete "
+                        "state_dict on every rank, or from_= the rank that has it"
+                    )
 
 
 def _check_sendable(state: State) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,10 +39,12 @@ def load(shard: Shard, groups: Sequence[Group], saved: Any, source: int | None) 
         agree(collectives, _facts(saved), "load the same file on every rank, or pass from_=0")
     if source is None or collectives.world_size == 1:
         options, full = copy.deepcopy(saved["param_groups"]), _by_index(shard, groups, saved)
-        local = _cut_all(shard, full, collectives.rank)
+        held = [segment for segment, _ in shard.segments.values()]
+        local = _cut_all(shard, full, held)
     else:
         options, local = _scatter(shard, groups, saved, source)
-    _load_into_class(shard, groups, options, local)
+    with all_or_none(collectives):
+        _load_into_class(shard, groups, options, local)
     for group, saved_group, new in zip(
         groups, options, shard.options_after_load(options), strict=True
     ):
@@ -54,13 +56,17 @@ def load(shard: Shard, groups: Sequence[Group], saved: Any, source: int | None) 
 
 
 def _facts(saved: Any) -> dict[str, object]:
-    """What tells two saved states apart at a glance: options, and the steps they were saved at."""
+    """What tells two saved states apart at a glance: options, shapes, and steps taken."""
     facts: dict[str, object] = {}
     for number, group in enumerate(saved["param_groups"]):
         facts |= {f"saved group {number}, {key}": value for key, value in group.items()}
     for key, state in saved["state"].items():
-        if isinstance(state, Mapping) and "step" in state:
-            facts[f"saved step of parameter {key}"] = state["step"]
+        entries = state.items() if isinstance(state, Mapping) else [("", state)]
+        for name, value in entries:
+            large = isinstance(value, Tensor) and value.numel() != 1
+            facts[f"saved {name} of parameter {key}"] = (
+                f"{value.dtype} {tuple(value.shape)}" if large else value
+            )
     return facts
 
 
@@ -118,17 +124,17 @@ def _by_index(shard: Shard, groups: Sequence[Group], saved: Any) -> dict[Any, St
     return {index_of.get(key, key): state for key, state in saved["state"].items()}
 
 
-def _cut_all(shard: Shard, full: Mapping[Any, State], rank: int) -> dict[Any, State]:
-    """A rank's part of the full state, cloned; of parameters it holds no part of, nothing."""
+def _cut_all(
+    shard: Shard, full: Mapping[Any, State], segments: Iterable[Segment]
+) -> dict[Any, State]:
+    """The part of the state that belongs to ``segments``, and what is no parameter's; cloned."""
+    segment_of = {segment.parameter: segment for segment in segments}
     parts = {}
     for key, state in full.items():
         if not _is_index(shard, key):
             parts[key] = tree_map_only(Tensor, torch.clone, copy.copy(state))
-            continue
-        bucket, _ = shard.layout.place(key)
-        for segment in shard.layout.buckets[bucket].segments(rank):
-            if segment.parameter == key:
-                parts[key] = _cut_to(shard, segment, state)
+        elif key in segment_of:
+            parts[key] = _cut_to(shard, segment_of[key], state)
     return parts
 
 
@@ -158,7 +164,10 @@ def _scatter(
     if brings:
         options = copy.deepcopy(saved["param_groups"])
         content = (options, _by_index(shard, groups, saved))
-    text = pickle.dumps(tree_map_only(Tensor, TensorSpec.of, content)) if brings else b""
+    text = b""
+    with all_or_none(collectives):
+        if brings:
+            text = pickle.dumps(tree_map_only(Tensor, TensorSpec.of, content))
     outline = pickle.loads(broadcast_text(collectives, text, source))
     options = _broadcast_tree(shard, content[0] if brings else outline[0], source)
     keys = list(outline[1])
@@ -170,16 +179,16 @@ def _scatter(
         members = {slot.parameter for slot in shard.layout.buckets[bucket].slots}
         here = [key for key in keys if key in members]
         if brings:
-            _send_parts(shard, {key: content[1][key] for key in here}, local)
+            _send_parts(shard, bucket, {key: content[1][key] for key in here}, local)
         else:
             _receive_parts(shard, {key: outline[1][key] for key in here}, local, source)
     return options, local
 
 
-def _send_parts(shard: Shard, full: dict[Any, State], local: dict[Any, State]) -> None:
+def _send_parts(shard: Shard, bucket: int, full: dict[Any, State], local: dict[Any, State]) -> None:
     handles = []
     for rank in range(shard.collectives.world_size):
-        parts = _cut_all(shard, full, rank)
+        parts = _cut_all(shard, full, shard.layout.buckets[bucket].segments(rank))
         if rank == shard.collectives.rank:
             local.update(parts)
         else:
@@ -217,8 +226,8 @@ def _broadcast_tree(shard: Shard, tree: Any, source: int) -> Any:
     wire = shard.collectives.wire_device
 
     def share(leaf: Any) -> Tensor:
-        message = leaf.empty() if isinstance(leaf, TensorSpec) else leaf.detach().contiguous()
-        message = message.to(wire, copy=True)
+        message = leaf.empty() if isinstance(leaf, TensorSpec) else leaf.detach()
+        message = message.contiguous().to(wire, copy=True)
         shard.collectives.broadcast(message, source).wait()
         return message.cpu()
 

@@ -28,4 +28,4 @@ class TensorSpec:
 
     def empty(self) -> Tensor:
         """A tensor like that, on the CPU."""
-        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype)
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="cpu")

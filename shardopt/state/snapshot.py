@@ -11,7 +11,7 @@ from shardopt.errors import StaleStateError
 from shardopt.guard import agree
 from shardopt.shard import Group, Shard
 from shardopt.state.consolidate import State, consolidate
-from shardopt.validation import check_rank, stand_in
+from shardopt.validation import check_rank, option_facts, stand_in
 
 
 class Snapshot:
@@ -46,11 +46,16 @@ class Snapshot:
         """The groups have changed and the state has not."""
         self._state = None
 
-    def take(self, to: int | None) -> None:
+    def take(self, to: int | None, groups: Sequence[Group]) -> None:
         """Put the full state together on rank ``to``, or on every rank. Collective."""
         collectives, parameters = self._shard.collectives, self._shard.parameters
         facts = {"consolidate_state_dict(to=)": to, "the number of steps and loads": self._changes}
         agree(collectives, facts, "call it alike on every rank, after the same step")
+        remedy = (
+            "set options alike on every rank; a class that makes options out of all its parameters "
+            "cannot be sharded"
+        )
+        agree(collectives, option_facts(groups), remedy)
         check_rank("to", to, collectives.world_size)
         if collectives.world_size > 1:
             full = consolidate(self._shard, to)
