@@ -216,6 +216,22 @@ def test_a_load_hook_that_fails_on_one_rank_fails_on_all(rank):
         optimizer.load_state_dict(SGD(make_model().parameters(), 0.1).state_dict())
 
 
+class Picky(SGD):
+    """Refuses to load where it holds the vector of 53."""
+
+    def load_state_dict(self, state_dict):
+        if any(p.shape == (53,) for group in self.param_groups for p in group["params"]):
+            raise KeyError("not here")
+        super().load_state_dict(state_dict)
+
+
+@on_ranks(2)
+def test_a_class_that_cannot_load_on_one_rank_fails_on_all():
+    saved = SGD(make_model().parameters(), 0.1).state_dict()
+    with pytest.raises((KeyError, AgreementError), match="not here"):
+        sharded(make_model(), Picky).load_state_dict(saved)
+
+
 class Unpicklable:
     def __reduce__(self):
         raise pickle.PicklingError("not me")

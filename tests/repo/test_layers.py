@@ -14,7 +14,7 @@ LEVELS = (
     {"errors", "layout", "policies"},
     {"comm", "algos", "sched"},
     {"buffers", "planner"},
-    {"reducer", "guard", "shard", "validation"},
+    {"reducer", "guard", "shard", "local_state", "validation"},
     {"optimizer", "state"},
     {"checkpoint"},
     {"cli", "__main__", "integrations", "compat", "selftest"},

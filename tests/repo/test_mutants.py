@@ -29,6 +29,11 @@ SPARSE = (
     "test_refusals.py::test_a_sparse_gradient_on_one_rank_is_named_on_every_rank_at_the_first_step"
 )
 REFUSED_STEP = "test_optim_db.py::test_raises_what_the_class_raises"
+PART = "test_misuse.py::test_a_class_that_fails_over_its_part_fails_on_every_rank"
+HOOK = "test_misuse.py::test_a_load_hook_that_fails_on_one_rank_fails_on_all"
+CLASS_LOAD = "test_misuse.py::test_a_class_that_cannot_load_on_one_rank_fails_on_all"
+UNSENDABLE = "test_misuse.py::test_state_that_cannot_be_sent_fails_on_all"
+OTHER_OPTION = "test_misuse.py::test_options_that_differ_are_never_saved"
 SCHEDULE = "test_sched.py::test_another_class_on_one_rank_is_named"
 METRIC = "test_sched.py::test_plateau_decides_alike_from_different_metrics"
 
@@ -49,6 +54,8 @@ KILLERS = {
     "optimizer.py::ShardedOptimizer.__init__": REFUSED,
     "optimizer.py::ShardedOptimizer.add_param_group": REFUSED_GROUP,
     "optimizer.py::ShardedOptimizer._build::agree": OTHER_FACT,
+    "optimizer.py::ShardedOptimizer._build::all_or_none": PART,
+    "optimizer.py::ShardedOptimizer.load_state_dict": HOOK,
     "optimizer.py::ShardedOptimizer._build::agree_on_values": OTHER_VALUE,
     "optimizer.py::ShardedOptimizer._check_first_step::all_or_none": SPARSE,
     "optimizer.py::ShardedOptimizer._check_first_step::agree_on_gradients": OTHER_GRADIENT,
@@ -62,7 +69,10 @@ KILLERS = {
     "state/load.py": WAITS,
     "state/load.py::load::agree": OTHER_STATE,
     "state/load.py::load::all_or_none": MISFIT,
+    "state/load.py::load::all_or_none#2": CLASS_LOAD,
+    "state/load.py::_scatter::all_or_none": UNSENDABLE,
     "state/snapshot.py": OTHER_TARGET,
+    "state/snapshot.py::Snapshot.take::agree#2": OTHER_OPTION,
 }
 
 
