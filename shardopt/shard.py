@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import zip_longest
 from typing import Any
 
@@ -139,9 +139,7 @@ class Shard:
             held = [self._index[id(parameter)] for parameter in group["params"]]
             tensors = [self.segments[index][1] for index in held if index in self.segments]
             local.append({**self._inner_options(number, group), "params": tensors})
-        with warnings.catch_warnings():
-            # The user has been warned of duplicate parameters by the group that has them.
-            warnings.filterwarnings("ignore", "optimizer contains a parameter group with dup")
+        with _told_of_duplicates():
             fresh = self.algorithm.optimizer_class(local, **self.options)
         if len(fresh.param_groups) != len(local):
             raise UnsupportedError(
@@ -155,8 +153,9 @@ class Shard:
         if not hasattr(self, "optim"):
             self.optim = fresh
             return
-        for group in fresh.param_groups:
-            self.optim.add_param_group(group)
+        with _told_of_duplicates():
+            for group in fresh.param_groups:
+                self.optim.add_param_group(group)
         self.optim.state.update({k: s for k, s in fresh.state.items() if isinstance(k, Tensor)})
 
     def check_groups(self, groups: Sequence[Group]) -> None:
@@ -261,6 +260,14 @@ class Shard:
     def index(self, parameter: Tensor) -> int:
         """The index of one of the user's tensors. Raises ``KeyError`` for any other tensor."""
         return self._index[id(parameter)]
+
+
+@contextmanager
+def _told_of_duplicates() -> Iterator[None]:
+    """The user's own group has warned of duplicate parameters; the class over segments need not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "optimizer contains a parameter group with dup")
+        yield
 
 
 def _step_without_hooks(optim: Optimizer) -> None:

@@ -125,6 +125,16 @@ def test_options_that_differ_are_never_saved(rank):
         optimizer.consolidate_state_dict(to=0)
 
 
+@on_ranks(1, 2)
+def test_a_group_added_with_duplicates_warns_once():
+    _, optimizer = two_groups()
+    twice = nn.Parameter(torch.ones(3))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.add_param_group({"params": [twice, twice]})
+    assert len(caught) == 1 and "duplicate parameters" in str(caught[0].message)
+
+
 class Joined(SGD):
     """Joins the parameters of each group, so it cannot do without any."""
 
