@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from shardopt import validation
 from shardopt.algos import algorithm_for
 from shardopt.comm import Collectives, choose_collectives
 from shardopt.guard import agree, agree_on_gradients, agree_on_values, all_or_none
@@ -18,17 +19,6 @@ from shardopt.local_state import LocalState
 from shardopt.policies import Guards
 from shardopt.shard import Group, Shard, unique_parameters
 from shardopt.state import Snapshot, load
-from shardopt.validation import (
-    group_facts,
-    list_group,
-    listed,
-    parameter_names,
-    probe,
-    refuse_class,
-    refuse_gradients,
-    refuse_parameters,
-    refuse_policies,
-)
 
 _log = logging.getLogger("shardopt")
 
@@ -77,7 +67,7 @@ class ShardedOptimizer(Optimizer):
     """
 
     _built = False  # torch's constructor adds the groups one by one before there are shards
-    _served: Mapping[Any, Any] | None = None  # what ``state`` shows while ``state_dict`` packs it
+    _packing = False  # ``state`` shows the full state while ``state_dict`` packs it
 
     def __init__(
         self,
@@ -95,13 +85,14 @@ class ShardedOptimizer(Optimizer):
         self.optimizer_class = optimizer_class
         self.guards = Guards() if guards is None else guards
         self._num_steps = 0
+        self._means_all_ranks = process_group is None
         policies = {"gradients": gradients, "kernel": kernel, "guards": self.guards}
         with all_or_none(self.collectives):
-            entries = listed(params)
-            super().__init__(entries, probe(optimizer_class, entries, options).defaults)
-            refuse_policies(**policies, bucket_cap_mb=bucket_cap_mb)
-            refuse_class(algorithm_for(optimizer_class))
-            refuse_parameters(self.param_groups)
+            entries = validation.listed(params)
+            super().__init__(entries, validation.probe(optimizer_class, entries, options).defaults)
+            validation.refuse_policies(**policies, bucket_cap_mb=bucket_cap_mb)
+            validation.refuse_class(algorithm_for(optimizer_class))
+            validation.refuse_parameters(self.param_groups)
         self._shard = Shard(
             algorithm_for(optimizer_class),
             self.collectives,
@@ -124,10 +115,10 @@ class ShardedOptimizer(Optimizer):
         num_known = len(self.param_groups)
         try:
             with all_or_none(self.collectives):
-                list_group(param_group)
-                probe(self.optimizer_class, [param_group], self._shard.options)
+                validation.list_group(param_group)
+                validation.probe(self.optimizer_class, [param_group], self._shard.options)
                 super().add_param_group(param_group)
-                refuse_parameters(self.param_groups)
+                validation.refuse_parameters(self.param_groups)
             self._build(self.param_groups[num_known:], {})
         except Exception:
             del self.param_groups[num_known:]
@@ -137,10 +128,14 @@ class ShardedOptimizer(Optimizer):
     def _build(self, groups: list[Group], facts: dict[str, object]) -> None:
         """Agree with the other ranks on new ``groups``, then move their parameters into buckets."""
         known = len(self._shard.parameters)
-        names = parameter_names(self.param_groups)[known:]
+        names = validation.parameter_names(self.param_groups)[known:]
         layout = self._shard.plan(groups, names)
         first = len(self.param_groups) - len(groups)
-        facts = {**facts, **group_facts(groups, names, first, known), "the layout": str(layout)}
+        facts = {
+            **facts,
+            **validation.group_facts(groups, names, first, known),
+            "the layout": str(layout),
+        }
         remedy = "construct the model and ShardedOptimizer alike on every rank, in the same order"
         agree(self.collectives, facts, remedy)
         if self.guards.replicas:
@@ -182,10 +177,12 @@ class ShardedOptimizer(Optimizer):
         shard = self._shard
         shard.check_groups(self.param_groups)
         shard.buffers.take_back(shard.names)
-        refuse_gradients(shard.parameters, shard.names, shard.algorithm)
+        validation.refuse_gradients(shard.parameters, shard.names, shard.algorithm)
 
     def _check_first_step(self) -> None:
         """Also compare gradients: the first chance to see that nobody reduces them."""
+        if self._means_all_ranks:
+            validation.refuse_late_ranks(self.collectives)
         with all_or_none(self.collectives):
             self._check_step()
         if self.guards.replicas:
@@ -207,8 +204,9 @@ class ShardedOptimizer(Optimizer):
     @property
     def state(self) -> Any:
         """Parameter -> state of this rank's part of it. Use ``state_dict`` for the whole."""
-        served = self._served
-        return LocalState(self._shard, self._snapshot.drop) if served is None else served
+        if self._packing:
+            return self._snapshot.full(self.param_groups)
+        return LocalState(self._shard, self._snapshot.drop)
 
     @state.setter
     def state(self, value: Any) -> None:
@@ -240,11 +238,11 @@ class ShardedOptimizer(Optimizer):
         """
         if self.collectives.world_size == 1:
             return super().state_dict()
-        self._served = self._snapshot.full(self.param_groups)
+        self._packing = True
         try:
             return super().state_dict()
         finally:
-            self._served = None
+            self._packing = False
 
     def load_state_dict(self, state_dict: Any, from_: int | None = None) -> None:
         """Load a state in torch's form, saved by any world size or by plain torch. Collective.

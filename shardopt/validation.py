@@ -12,10 +12,12 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
 from shardopt.algos import Algorithm
+from shardopt.comm import Collectives
 from shardopt.errors import ParameterError, UnsupportedError
 from shardopt.layout import Atom
 from shardopt.policies import Guards
@@ -172,6 +174,17 @@ def _refuse_overlaps(parameters: Sequence[Tensor], names: Sequence[str]) -> None
                 f"parameters {name!r} and {next_name!r} share memory but are two Parameter "
                 "objects; use one Parameter in both places (a.weight = b.weight)"
             )
+
+
+def refuse_late_ranks(collectives: Collectives) -> None:
+    """Refuse an optimizer that was to use all ranks and was constructed before there were any."""
+    num_ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if num_ranks > 1 and collectives.world_size == 1:
+        raise UnsupportedError(
+            f"the state is not sharded: expected ShardedOptimizer to be constructed after "
+            f"torch.distributed.init_process_group, which made {num_ranks} ranks since; construct "
+            "it after that, or pass process_group=shardopt.comm.SoloCollectives() to mean one rank"
+        )
 
 
 def refuse_gradients(

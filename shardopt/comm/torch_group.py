@@ -7,10 +7,11 @@ by one call; shards of unequal length travel as broadcasts everywhere.
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Sequence
 from datetime import timedelta
 from itertools import pairwise
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -56,6 +57,7 @@ class TorchCollectives(Collectives):
         self.rank = dist.get_rank(self._group)
         self.world_size = dist.get_world_size(self._group)
         self.wire_device = _wire_device(self._backends)
+        _HOLDERS.add(self)
 
     def all_gather(self, bucket: Tensor, borders: Sequence[int]) -> Handle:
         """See the base class."""
@@ -103,30 +105,45 @@ def _started(work: dist.Work | None) -> dist.Work:
     return work
 
 
-_OWN_GROUPS: WeakKeyDictionary[dist.ProcessGroup, dict[timedelta, dist.ProcessGroup]] = (
-    WeakKeyDictionary()
-)
+# Torch's own registry holds a group until ``destroy_process_group``, and here none outlives that.
+_OWN_GROUPS: WeakKeyDictionary[
+    dist.ProcessGroup, WeakValueDictionary[timedelta, dist.ProcessGroup]
+] = WeakKeyDictionary()
+_HOLDERS: WeakSet[TorchCollectives] = WeakSet()
+
+
+@atexit.register
+def _let_go() -> None:
+    """End destroyed groups while the interpreter still lends its lock to other threads.
+
+    Freed later, a group waits for its threads, one of which may want that lock to let go of a
+    tensor: Python then ends the thread, and C++ the process (SIGABRT, "terminate called without an
+    active exception").
+    """
+    for holder in _HOLDERS:
+        del holder._group
 
 
 def _own_group(parent: dist.ProcessGroup, timeout: timedelta) -> dist.ProcessGroup:
     """A second group over ``parent``'s ranks; one for all optimizers over the same ranks.
 
-    Communicators cost memory on a GPU, and a group lives as long as the job.
+    Communicators cost memory on a GPU, and a group lives until it is destroyed.
     """
-    groups = _OWN_GROUPS.setdefault(parent, {})
-    if timeout not in groups:
+    groups = _OWN_GROUPS.setdefault(parent, WeakValueDictionary())
+    group = groups.get(timeout)
+    if group is None:
         ranks = dist.get_process_group_ranks(parent)
         everyone = len(ranks) == dist.get_world_size()
         if not everyone:
             _know_equally_many_groups(parent)
-        groups[timeout] = dist.new_group(
+        groups[timeout] = group = dist.new_group(
             ranks,
             timeout=timeout,
             backend=dist.get_backend_config(parent),
             use_local_synchronization=not everyone,
             group_desc="shardopt",
         )
-    return groups[timeout]
+    return group
 
 
 def _know_equally_many_groups(parent: dist.ProcessGroup) -> None:

@@ -48,8 +48,9 @@ def _exchange_outlines(shard: Shard, mine: Mapping[Any, State]) -> list[dict[Any
     """For each rank, its local states with a ``TensorSpec`` for every tensor."""
     text = b""
     with all_or_none(shard.collectives):  # whatever a third-party class keeps
-        for state in mine.values():
+        for key, state in mine.items():
             _check_sendable(state)
+            _check_declared(shard, key, state)
         text = pickle.dumps(tree_map_only(Tensor, TensorSpec.of, dict(mine)))
     outlines = [pickle.loads(rank) for rank in gather_texts(shard.collectives, text)]
     _check_whole(shard, outlines)
@@ -78,6 +79,21 @@ def _check_sendable(state: State) -> None:
             raise UnsupportedError(
                 f"expected dense tensors in the optimizer's state, got {tensor.layout}; "
                 "shardopt cannot move these between ranks"
+            )
+
+
+def _check_declared(shard: Shard, key: Any, state: State) -> None:
+    """Refuse state of a cut parameter that has its part's size and was not declared per element."""
+    if key not in shard.segments or shard.segments[key][0].whole:
+        return
+    segment, known = shard.segments[key][0], shard.algorithm.per_element
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.numel() == segment.numel > 1 and name not in known:
+            raise UnsupportedError(
+                f"state {name!r} of {shard.names[key]!r}: expected one value for the parameter as "
+                f"a whole, got one for each of the {segment.numel} elements of this rank's part; "
+                f"declare it: shardopt.algos.register({shard.algorithm.optimizer_class.__name__}, "
+                f"per_element={sorted({*known, name})})"
             )
 
 

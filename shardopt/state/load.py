@@ -107,7 +107,8 @@ def _check_shapes(shard: Shard, index: int, state: State) -> None:
         ):
             raise ValueError(
                 f"state {name!r} of parameter {shard.layout.parameters[index].name!r}: expected "
-                f"shape {expected}, got {tuple(value.shape)}; the state was saved for another model"
+                f"shape {expected}, got {tuple(value.shape)}; the state was saved for another "
+                f"model or by another class than {shard.algorithm.optimizer_class.__name__}"
             )
 
 

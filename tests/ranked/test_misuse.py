@@ -6,12 +6,16 @@ from collections import defaultdict
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import SGD, AdamW
 
 from shardopt import ShardedOptimizer
+from shardopt.algos import register
+from shardopt.comm import SoloCollectives
 from shardopt.errors import AgreementError, ParameterError, StaleStateError, UnsupportedError
 from tests.ranks import on_ranks
+from tests.third_party import Lion
 from tests.twins import SMALL_BUCKETS, assert_same, assert_same_parameters, make_model, train
 
 
@@ -254,3 +258,56 @@ def test_state_that_cannot_be_sent_fails_on_all(rank):
     optimizer = sharded(make_model(), momentum=0.9)
     with pytest.raises((pickle.PicklingError, AgreementError), match="not me"):
         optimizer.load_state_dict(saved if rank == 0 else None, from_=0)
+
+
+class UndeclaredLion(Lion):
+    """Declared element-wise, with the name of its state misspelt."""
+
+
+register(UndeclaredLion, per_element=["exp_average"])
+
+
+@on_ranks(1, 2, 3)
+def test_state_declared_by_a_wrong_name_is_never_saved(world_size):
+    model = make_model()
+    optimizer = sharded(model, UndeclaredLion)
+    train(model, optimizer, 0, 1)
+    if world_size == 1:  # nothing is cut
+        optimizer.consolidate_state_dict()
+        return
+    error = UnsupportedError, AgreementError
+    with pytest.raises(error, match=r"state 'exp_avg' of .*\['exp_average', 'exp_avg'\]"):
+        optimizer.consolidate_state_dict(to=0)
+
+
+@on_ranks(1, 2)
+def test_another_class_s_state_is_named_as_such():
+    saved = make_model()
+    theirs = SGD(saved.parameters(), 0.1, momentum=0.9)
+    train(saved, theirs, 0, 1)
+    with pytest.raises(ValueError, match=r"state 'momentum_buffer' .*another class than AdamW"):
+        sharded(make_model(), AdamW).load_state_dict(theirs.state_dict())
+
+
+@on_ranks(2)
+def test_constructed_before_the_ranks_is_refused(monkeypatch):
+    """As before ``init_process_group``: it would train, unsharded, without a word."""
+    model = make_model()
+    with monkeypatch.context() as early:
+        early.setattr(dist, "is_initialized", lambda: False)
+        optimizer = sharded(model)
+    with pytest.raises(UnsupportedError, match=r"after torch\.distributed\.init_process_group"):
+        train(model, optimizer, 0, 1)
+    train(model, sharded(model, process_group=SoloCollectives()), 0, 1)
+
+
+@on_ranks(1, 2)
+def test_a_state_dict_pre_hook_may_consolidate():
+    """Then a tool that knows only ``state_dict()`` can save, if it calls it on every rank."""
+    ours, theirs = make_model(), make_model()
+    optimizer, twin = sharded(ours, AdamW), AdamW(theirs.parameters(), 0.1)
+    optimizer.register_state_dict_pre_hook(lambda optimizer: optimizer.consolidate_state_dict(None))
+    for steps in ((0, 1), (1, 3)):
+        train(ours, optimizer, *steps)
+        train(theirs, twin, *steps)
+        assert_same(optimizer.state_dict()["state"], twin.state_dict()["state"])

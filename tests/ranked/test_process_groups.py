@@ -1,5 +1,10 @@
 """On which ranks the state is sharded: whatever is given as ``process_group``."""
 
+import gc
+import subprocess
+import sys
+import weakref
+
 import pytest
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -7,6 +12,8 @@ from torch.optim import AdamW
 
 from shardopt import ShardedOptimizer
 from shardopt.comm import SoloCollectives
+from shardopt.comm.torch_group import TorchCollectives
+from tests import ROOT
 from tests.pairs import four, pair
 from tests.ranks import on_ranks
 
@@ -72,3 +79,39 @@ def test_optimizers_over_the_same_ranks_share_one_group_beside_the_users():
     """Communicators cost memory on a GPU; the user's own must stay undisturbed."""
     first, second = (pair(four).optimizer.collectives for _ in range(2))
     assert first._group is second._group is not dist.group.WORLD
+
+
+@on_ranks(2)
+def test_no_group_of_ours_outlives_its_destruction():
+    """Its threads would still be there when the interpreter ends, and abort the process."""
+    collectives = TorchCollectives(dist.new_group([0, 1]))
+    own = weakref.ref(collectives._group)
+    del collectives
+    gc.collect()
+    dist.destroy_process_group(own())
+    gc.collect()
+    assert own() is None
+
+
+ENDS_BADLY = """
+import sys, torch, shardopt, torch.distributed as dist
+dist.init_process_group("gloo")
+parameter = torch.nn.Parameter(torch.ones(3000))
+optimizer = shardopt.ShardedOptimizer([parameter], torch.optim.SGD)
+sys.setswitchinterval(100)  # a thread that waits for the interpreter's lock waits until the end
+parameter.grad = torch.ones(3000)
+optimizer.step()
+optimizer.consolidate_state_dict(to=None)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_job_ends_in_peace_though_its_optimizer_is_global(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(ENDS_BADLY)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for _ in range(5):
+        command = [sys.executable, *launcher, str(script)]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert run.returncode == 0, run.stderr
