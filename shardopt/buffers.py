@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shardopt.comm import Collectives
 from shardopt.errors import ParameterError
-from shardopt.layout import Bucket, Layout, Segment
+from shardopt.layout import Bucket, Layout, Segment, Slot
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -162,6 +162,11 @@ class ParameterBuffers:
         else:
             shape, strides = torch.Size((segment.numel,)), (1,)
         return buffer.as_strided(shape, strides, segment.start).detach()
+
+    def slot_of(self, buffer: Tensor, slot: Slot) -> Tensor:
+        """The part of another buffer of the same bucket that belongs to a parameter, so shaped."""
+        shape, strides = self.parameters[slot.parameter].shape, self.strides[slot.parameter]
+        return buffer.as_strided(shape, strides, slot.start)
 
     def segment_of(self, tensor: Tensor, segment: Segment) -> Tensor:
         """The part of a full ``tensor``, shaped as the parameter, that belongs to ``segment``."""

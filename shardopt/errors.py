@@ -5,6 +5,7 @@
     ShardoptError
     ├── UnsupportedError     (ValueError)    asked for something shardopt does not do, or not yet
     ├── AgreementError       (RuntimeError)  ranks differ where they must not; raised on every rank
+    ├── GradientError        (RuntimeError)  a gradient is missing, not finite, or changed too late
     ├── ParameterError       (RuntimeError)  a parameter left its bucket and cannot be taken back
     └── StaleStateError      (RuntimeError)  the full state is asked for and is spread over ranks
 
@@ -27,6 +28,13 @@ class AgreementError(ShardoptError, RuntimeError):
 
     Raised on every rank of the group. The message names the first difference, the rank that differs
     and both values; or the rank on which something failed, and its error.
+    """
+
+
+class GradientError(ShardoptError, RuntimeError):
+    """A gradient cannot be used: missing, not finite, or changed after it was sent.
+
+    Raised on every rank of the group, before anything is updated.
     """
 
 

@@ -27,15 +27,21 @@ def agree(collectives: Collectives, facts: Mapping[str, object], remedy: str) ->
     Raises:
         AgreementError: on every rank, naming the first difference, the rank, and both values.
     """
-    text = "\n".join(
-        f"{name}\t{describe(value)}".replace("\n", " ") for name, value in facts.items()
-    )
-    digest = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
-    rows = collectives.all_gather_rows(torch.tensor([digest], device="cpu"))
+    rows = collectives.all_gather_rows(torch.tensor([digest(facts)], device="cpu"))
     if (rows == rows[0]).all():
         return
-    texts = gather_texts(collectives, text.encode())
+    texts = gather_texts(collectives, _text(facts))
     raise AgreementError(f"{_first_difference(texts)}; {remedy}")
+
+
+def digest(facts: Mapping[str, object]) -> int:
+    """A hash of 64 bits with a sign, equal on two ranks if the facts are."""
+    return int.from_bytes(blake2b(_text(facts), digest_size=8).digest(), "big", signed=True)
+
+
+def _text(facts: Mapping[str, object]) -> bytes:
+    lines = (f"{name}\t{describe(value)}".replace("\n", " ") for name, value in facts.items())
+    return "\n".join(lines).encode()
 
 
 def _first_difference(texts: Sequence[bytes]) -> str:

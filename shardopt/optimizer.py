@@ -5,25 +5,25 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from shardopt import validation
+from shardopt import update, validation
 from shardopt.algos import algorithm_for
 from shardopt.comm import Collectives, choose_collectives
+from shardopt.gradients import GradientMethods, Gradients, gradients_of
 from shardopt.guard import agree, agree_on_gradients, agree_on_values, all_or_none
-from shardopt.local_state import LocalState
+from shardopt.layout import Atom
 from shardopt.policies import Guards
 from shardopt.shard import Group, Shard, unique_parameters
-from shardopt.state import Snapshot, load
+from shardopt.state import Snapshot, StatefulOptimizer
 
 _log = logging.getLogger("shardopt")
 
 
-class ShardedOptimizer(Optimizer):
+class ShardedOptimizer(GradientMethods, StatefulOptimizer):
     """A ``torch.optim`` optimizer whose state is sharded over ranks (ZeRO stage 1).
 
     Computes what ``optimizer_class`` computes on one device, with about 1/N of the optimizer
@@ -40,12 +40,15 @@ class ShardedOptimizer(Optimizer):
             update each parameter from its own gradient and state alone.
         process_group: whose ranks share the state: ``None`` (all), a ``ProcessGroup``, a 1-D
             ``DeviceMesh``, or a ``Collectives``.
-        gradients: ``"replicated"``: ``.grad`` is the averaged gradient on every rank when ``step``
-            is called (by DDP or by hand).
+        gradients: what ranks bring in ``.grad``. ``"replicated"``: the averaged gradient (by DDP
+            or by hand). ``"local"``: each its own; shardopt averages, while backward goes on.
+            ``"sharded"``: the same, and frees each gradient as it is averaged, so that a rank
+            keeps its shard only (ZeRO stage 2). Both broadcast the first rank's parameters at
+            construction, and ``step`` leaves ``.grad`` as ``None``.
         kernel: ``"torch"``: the class with the user's ``foreach`` and ``fused``, bit for bit.
             ``"auto"``: the same, but torch's fused kernel where the class has one that is safe
             (Adam, AdamW, SGD without momentum, Adagrad on a CPU) and the user chose neither flag.
-        guards: what is checked while training.
+        guards: what is checked while training, and what happens then.
         bucket_cap_mb: size of the buffers that are communicated as one, in MiB.
         **options: options of ``optimizer_class`` (``lr=3e-4, weight_decay=0.1``).
 
@@ -66,9 +69,6 @@ class ShardedOptimizer(Optimizer):
         ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, arXiv:1910.02054.
     """
 
-    _built = False  # torch's constructor adds the groups one by one before there are shards
-    _packing = False  # ``state`` shows the full state while ``state_dict`` packs it
-
     def __init__(
         self,
         params: Iterable[Any],
@@ -86,6 +86,7 @@ class ShardedOptimizer(Optimizer):
         self.guards = Guards() if guards is None else guards
         self._num_steps = 0
         self._means_all_ranks = process_group is None
+        self._kind = gradients
         policies = {"gradients": gradients, "kernel": kernel, "guards": self.guards}
         with all_or_none(self.collectives):
             entries = validation.listed(params)
@@ -93,6 +94,8 @@ class ShardedOptimizer(Optimizer):
             validation.refuse_policies(**policies, bucket_cap_mb=bucket_cap_mb)
             validation.refuse_class(algorithm_for(optimizer_class))
             validation.refuse_parameters(self.param_groups)
+            if gradients != "replicated":
+                validation.refuse_ddp(self.param_groups)
         self._shard = Shard(
             algorithm_for(optimizer_class),
             self.collectives,
@@ -101,6 +104,7 @@ class ShardedOptimizer(Optimizer):
             options=options,
         )
         self._snapshot = Snapshot(self._shard)
+        self._gradients = self._make_gradients()
         name = f"{optimizer_class.__module__}.{optimizer_class.__qualname__}"
         self._build(self.param_groups, {"the optimizer class": name, **policies})
         self._built = True
@@ -138,9 +142,21 @@ class ShardedOptimizer(Optimizer):
         }
         remedy = "construct the model and ShardedOptimizer alike on every rank, in the same order"
         agree(self.collectives, facts, remedy)
-        if self.guards.replicas:
+        if self.guards.replicas and not self._gradients.reduces:
             agree_on_values(self.collectives, names, unique_parameters(groups))
+        first_bucket = len(self._shard.layout.buckets)
         self._shard.extend(layout, groups, all_or_none(self.collectives))
+        if self._gradients.reduces:
+            update.broadcast(self._shard, first_bucket)
+        self._gradients.extend()
+
+    def _make_gradients(self) -> Gradients:
+        def facts(norm_type: float | None) -> dict[str, object]:
+            does = "step()" if norm_type is None else f"clip_grad_norm_(norm_type={norm_type})"
+            counted = {"the number of steps": self._num_steps, "what is called": does}
+            return counted | validation.option_facts(self.param_groups, wait_for_device=False)
+
+        return gradients_of(self._kind, self._shard, self.guards, facts)
 
     # -- stepping ------------------------------------------------------------------------------
 
@@ -155,7 +171,9 @@ class ShardedOptimizer(Optimizer):
 
         Raises:
             ParameterError: a parameter has another shape, dtype or device than at construction.
-            AgreementError: at the first step, if gradients differ between ranks.
+            GradientError: a gradient is missing, not finite or changed too late, see ``Guards``.
+            AgreementError: ranks differ: with replicated gradients at the first step, if these do;
+                otherwise at any step, in options or in steps taken.
         """
         loss = None
         if closure is not None:
@@ -164,20 +182,29 @@ class ShardedOptimizer(Optimizer):
         self._snapshot.drop()
         first = self._num_steps == 0
         (self._check_first_step if first else self._check_step)()
-        with torch.no_grad():
-            # What a class refuses only when it steps, it refuses where the parameter lies.
-            with all_or_none(self.collectives) if first else nullcontext():
-                self._shard.update(self.param_groups)
-            self._shard.gather()
-        self._num_steps += 1
+        verdict = self._gradients.settle()
+        if not verdict.skips:
+            with torch.no_grad():
+                self._update(verdict.present, guarded=first)
+            self._num_steps += 1
+        self._gradients.consume()
         return loss
+
+    def _update(self, present: frozenset[int], guarded: bool) -> None:
+        """Update this rank's shard, and start to gather a bucket as soon as it is updated."""
+        buckets = update.update(self._shard, self.param_groups, self._gradients.of)
+        if guarded:  # what a class refuses only when it steps, it refuses where the parameter lies
+            with all_or_none(self.collectives):
+                buckets = iter(list(buckets))
+        update.gather(self._shard, buckets, present)
 
     def _check_step(self) -> None:
         """Take parameters back that left their buckets; refuse gradients that cannot be cut."""
         shard = self._shard
         shard.check_groups(self.param_groups)
         shard.buffers.take_back(shard.names)
-        validation.refuse_gradients(shard.parameters, shard.names, shard.algorithm)
+        atom = Atom.TENSOR if self._gradients.reduces else shard.algorithm.atom
+        validation.refuse_gradients(shard.parameters, shard.names, atom)
 
     def _check_first_step(self) -> None:
         """Also compare gradients: the first chance to see that nobody reduces them."""
@@ -185,7 +212,9 @@ class ShardedOptimizer(Optimizer):
             validation.refuse_late_ranks(self.collectives)
         with all_or_none(self.collectives):
             self._check_step()
-        if self.guards.replicas:
+            if self._gradients.reduces:
+                validation.refuse_ddp(self.param_groups)
+        if self.guards.replicas and not self._gradients.reduces:
             agree_on_gradients(self.collectives, self._shard.names, self._shard.parameters)
         if self.collectives.world_size > 1 and self.collectives.rank == 0:
             _log.info(
@@ -194,76 +223,12 @@ class ShardedOptimizer(Optimizer):
                 self.collectives.world_size,
             )
 
-    # -- state ---------------------------------------------------------------------------------
+    # -- for tools -----------------------------------------------------------------------------
 
     @property
     def optim(self) -> Optimizer:
         """The local optimizer over this rank's segments, for tools that look."""
         return self._shard.optim
-
-    @property
-    def state(self) -> Any:
-        """Parameter -> state of this rank's part of it. Use ``state_dict`` for the whole."""
-        if self._packing:
-            return self._snapshot.full(self.param_groups)
-        return LocalState(self._shard, self._snapshot.drop)
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        if self._built:  # torch's constructor sets it, too
-            self.state.clear()
-            self.state.update(value)
-
-    def consolidate_state_dict(self, to: int | None = 0) -> None:
-        """Put the full state together in CPU memory of rank ``to``. Collective.
-
-        ``state_dict()`` then returns it there until the next step; one bucket at a time travels.
-
-        Args:
-            to: a rank of the group, or ``None`` for every rank.
-
-        Raises:
-            AgreementError: ranks differ in ``to``, in options, or in steps taken.
-        """
-        self._snapshot.take(to, self.param_groups)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state in torch's form, with full tensors; loads into plain ``torch.optim``.
-
-        On several ranks: the copy that ``consolidate_state_dict`` made, until the next step; ranks
-        other than its target get empty state. Before any step: what the class starts with.
-
-        Raises:
-            StaleStateError: on several ranks, without a fresh copy.
-        """
-        if self.collectives.world_size == 1:
-            return super().state_dict()
-        self._packing = True
-        try:
-            return super().state_dict()
-        finally:
-            self._packing = False
-
-    def load_state_dict(self, state_dict: Any, from_: int | None = None) -> None:
-        """Load a state in torch's form, saved by any world size or by plain torch. Collective.
-
-        Args:
-            state_dict: the full state, neither changed nor kept; ``None`` on ranks but ``from_``.
-            from_: the rank that has the state; ``None`` if every rank passes it.
-
-        Raises:
-            ValueError: groups or shapes do not fit, named by parameter; on every rank.
-        """
-        with all_or_none(self.collectives):
-            if state_dict is not None and (from_ is None or from_ == self.collectives.rank):
-                state_dict = copy.copy(state_dict)
-                for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-                    changed = pre_hook(self, state_dict)
-                    state_dict = state_dict if changed is None else changed
-        load(self._shard, self.param_groups, state_dict, from_)
-        self._snapshot.drop()
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
 
     def agree(self, facts: Mapping[str, object], remedy: str) -> None:
         """Raise ``AgreementError`` on every rank unless all bring the same facts. Collective.
@@ -281,12 +246,15 @@ class ShardedOptimizer(Optimizer):
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         plain = {k: v for k, v in self.__dict__.items() if not k.startswith("_optimizer_")}
-        for own in ("collectives", "_shard", "_snapshot", "step"):  # a scheduler patches step
+        owned = ("collectives", "_shard", "_snapshot", "_gradients")
+        for own in (*owned, "step"):  # which a scheduler patches
             plain.pop(own, None)
         twin.__dict__.update(copy.deepcopy(plain, memo), collectives=self.collectives)
         twin.__setstate__({})
         twin._shard = self._shard.clone(twin.param_groups)
         twin._snapshot = self._snapshot.of(twin._shard)
+        twin._gradients = twin._make_gradients()
+        twin._gradients.extend()
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:

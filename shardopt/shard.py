@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import zip_longest
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -138,7 +137,7 @@ class Shard:
         for number, group in enumerate(groups, first):
             held = [self._index[id(parameter)] for parameter in group["params"]]
             tensors = [self.segments[index][1] for index in held if index in self.segments]
-            local.append({**self._inner_options(number, group), "params": tensors})
+            local.append({**self.inner_options(number, group), "params": tensors})
         with _told_of_duplicates():
             fresh = self.algorithm.optimizer_class(local, **self.options)
         if len(fresh.param_groups) != len(local):
@@ -195,41 +194,7 @@ class Shard:
         """The user's tensors, in order of registration, each once."""
         return self.buffers.parameters
 
-    def update(self, groups: Sequence[Group]) -> None:
-        """One step of the class on this rank's segments, with the options of the user's groups.
-
-        Options flow in before it and, where the class changes them, out after it.
-        """
-        pushed = [self._inner_options(number, group) for number, group in enumerate(groups)]
-        for inner, options in zip(self.optim.param_groups, pushed, strict=True):
-            inner.update(options)
-        for index, (segment, tensor) in self.segments.items():
-            grad = self.parameters[index].grad
-            if grad is not None and grad.dtype != tensor.dtype:
-                tensor.grad_dtype = grad.dtype  # as the user has set it on the parameter
-            tensor.grad = None if grad is None else self.buffers.segment_of(grad, segment)
-        try:
-            _step_without_hooks(self.optim)
-        finally:
-            for _, tensor in self.segments.values():
-                tensor.grad = None
-        for group, inner, options in zip(groups, self.optim.param_groups, pushed, strict=True):
-            for key, value in inner.items():
-                if key not in NOT_OPTIONS and (key not in options or value is not options[key]):
-                    group[key] = value
-
-    def gather(self) -> None:
-        """All-gather every bucket, in order; then tell autograd that parameters have changed."""
-        handles = [
-            self.collectives.all_gather(buffer, bucket.borders)
-            for buffer, bucket in zip(self.buffers.buckets, self.layout.buckets, strict=True)
-        ]
-        for handle in handles:
-            handle.wait()
-        changed = [parameter for parameter in self.parameters if parameter.grad is not None]
-        torch.autograd.graph.increment_version(changed)
-
-    def _inner_options(self, number: int, group: Group) -> Group:
+    def inner_options(self, number: int, group: Group) -> Group:
         """A group's options as the class gets them: with our choice where the user made none."""
         options = {key: value for key, value in group.items() if key not in NOT_OPTIONS}
         free = group.get("fused") is None and group.get("foreach") is None
@@ -244,7 +209,7 @@ class Shard:
 
     def load_groups(self, saved: Sequence[Group]) -> list[Group]:
         """Saved options as the class should load them, with the hidden choice of kernel."""
-        return [self._inner_options(number, group) for number, group in enumerate(saved)]
+        return [self.inner_options(number, group) for number, group in enumerate(saved)]
 
     def options_after_load(self, saved: Sequence[Group]) -> list[Group]:
         """What the class made of saved options (defaults added), without the hidden choice."""
@@ -268,14 +233,6 @@ def _told_of_duplicates() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "optimizer contains a parameter group with dup")
         yield
-
-
-def _step_without_hooks(optim: Optimizer) -> None:
-    """``optim.step()`` without torch's hook wrapper: global hooks fire for the outer step."""
-    step = type(optim).step
-    if getattr(step, "hooked", False):
-        step = step.__wrapped__  # type: ignore[attr-defined]
-    step(optim)
 
 
 def unique_parameters(groups: Sequence[Group]) -> list[Tensor]:

@@ -5,6 +5,7 @@ Everything here is local and cheap; the optimizer tells the other ranks what one
 
 from __future__ import annotations
 
+import gc
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -108,7 +109,7 @@ def stand_in(parameter: Tensor, device: str) -> Tensor:
 
 def refuse_policies(*, gradients: Any, kernel: Any, guards: Any, bucket_cap_mb: Any) -> None:
     """Refuse bad arguments of ``ShardedOptimizer`` itself."""
-    _one_of("gradients", gradients, ["replicated"], later=["local", "sharded"])
+    _one_of("gradients", gradients, ["replicated", "local", "sharded"], later=[])
     _one_of("kernel", kernel, ["auto", "torch"], later=["compiled"])
     if not isinstance(guards, Guards):
         raise TypeError(f"guards: expected shardopt.Guards, got {type(guards).__name__}")
@@ -187,9 +188,7 @@ def refuse_late_ranks(collectives: Collectives) -> None:
         )
 
 
-def refuse_gradients(
-    parameters: Sequence[Tensor], names: Sequence[str], algorithm: Algorithm
-) -> None:
+def refuse_gradients(parameters: Sequence[Tensor], names: Sequence[str], atom: Atom) -> None:
     """Refuse sparse gradients where parameters are cut; warn of parameters no model has."""
     references = [sys.getrefcount(parameter) for parameter in parameters]
     abandoned = []
@@ -198,7 +197,7 @@ def refuse_gradients(
         if grad is None and parameter.requires_grad and count <= _OUR_REFERENCES:
             abandoned.append(name)
         layout = torch.strided if grad is None else grad.layout
-        if layout is not torch.strided and algorithm.atom is not Atom.TENSOR:
+        if layout is not torch.strided and atom is not Atom.TENSOR:
             raise ParameterError(
                 f"parameter {name!r}: expected a dense gradient, got {layout}; use "
                 "sparse=False in its embedding, or assign parameter.grad.to_dense()"
@@ -215,6 +214,19 @@ def refuse_gradients(
 # Of a parameter that nobody else holds: those of a list, of the loop and of the call, which Python
 # versions count differently, and that of its group.
 _OUR_REFERENCES = next(sys.getrefcount(item) for item in [object()]) + 1
+
+
+def refuse_ddp(groups: Sequence[Group]) -> None:
+    """Refuse parameters of a model under DistributedDataParallel, which would reduce them too."""
+    ours = {id(parameter) for group in groups for parameter in group["params"]}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.nn.parallel.DistributedDataParallel) and any(
+            id(parameter) in ours for parameter in thing.parameters()
+        ):
+            raise UnsupportedError(
+                "the model is wrapped in DistributedDataParallel, which averages gradients itself; "
+                "pass gradients='replicated', or use the model without DistributedDataParallel"
+            )
 
 
 def check_rank(argument: str, rank: Any, world_size: int) -> None:
@@ -237,13 +249,16 @@ def parameter_names(groups: Sequence[Group]) -> list[str]:
     return list(names.values())
 
 
-def option_facts(groups: Sequence[Group], first: int = 0) -> dict[str, object]:
-    """The options of ``groups``, by group and name."""
+def option_facts(
+    groups: Sequence[Group], first: int = 0, wait_for_device: bool = True
+) -> dict[str, object]:
+    """The options of ``groups``, by group and name; without those that lie on a GPU, if wanted."""
     return {
         f"group {number}, {key}": value
         for number, group in enumerate(groups, first)
         for key, value in group.items()
         if key not in NOT_OPTIONS
+        and (wait_for_device or not isinstance(value, Tensor) or value.device.type == "cpu")
     }
 
 

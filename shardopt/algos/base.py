@@ -25,6 +25,8 @@ class Algorithm:
             because a shape alone does not tell (a parameter may have one element). With
             ``Atom.ELEMENT`` all other state belongs to the parameter as a whole, like ``step``.
         cost: estimated cost of updating a parameter of some shape; balances whole parameters.
+        separable: whether a step on some parameters and then on the others is one step on all: the
+            class changes nothing in its groups.
         fused: whether a group of options may use torch's fused kernel when the user leaves the
             choice to us.
         fused_devices: device types on which it may.
@@ -36,6 +38,7 @@ class Algorithm:
     per_element: frozenset[str] = frozenset()
     shapes: Mapping[str, Callable[[Shape], Shape]] | None = None
     cost: Callable[[Shape], int] = math.prod
+    separable: bool = False
     fused: Callable[[Mapping[str, Any]], bool] = lambda group: False
     fused_devices: frozenset[str] = frozenset()
     refusal: str | None = None

@@ -51,7 +51,7 @@ def register(optimizer_class: type[Optimizer], *, per_element: Iterable[str]) ->
     """
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
         raise TypeError(f"expected a subclass of torch.optim.Optimizer, got {optimizer_class!r}")
-    _know(optimizer_class, Atom.ELEMENT, per_element=frozenset(per_element))
+    _know(optimizer_class, Atom.ELEMENT, per_element=frozenset(per_element), separable=False)
 
 
 def algorithm_for(optimizer_class: type[Optimizer]) -> Algorithm:
@@ -64,6 +64,7 @@ def algorithm_for(optimizer_class: type[Optimizer]) -> Algorithm:
 
 
 def _know(optimizer_class: type[Optimizer], atom: Atom, **traits: Any) -> None:
+    traits = {"separable": True, **traits}  # torch's own are
     _KNOWN[optimizer_class] = Algorithm(optimizer_class=optimizer_class, atom=atom, **traits)
 
 
@@ -92,7 +93,7 @@ for _class, _names in {
     _optim.Rprop: ("prev", "step_size"),
     _optim.ASGD: ("ax",),
 }.items():
-    register(_class, per_element=_names)
+    _know(_class, Atom.ELEMENT, per_element=frozenset(_names))
 for _class in (_optim.Adam, _optim.AdamW):
     _know(
         _class,

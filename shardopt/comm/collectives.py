@@ -36,6 +36,17 @@ class Together:
             handle.wait()
 
 
+class Reduction(Handle, Protocol):
+    """A reduction under way.
+
+    Attributes:
+        rows: after ``wait``, what each rank brought for this rank's shard, ``(world_size, n)``;
+            ``None`` where the backend does not tell.
+    """
+
+    rows: Tensor | None
+
+
 class Collectives(ABC):
     """Allocates buckets and moves them between the ranks that share an optimizer's state.
 
@@ -64,6 +75,18 @@ class Collectives(ABC):
         borders: Sequence[int],  # world_size + 1
     ) -> Handle:
         """Start to fill the bucket in place on every rank: shard ``r`` comes from rank ``r``."""
+
+    @abstractmethod
+    def reduce_scatter(
+        self,
+        bucket: Tensor,  # (numel,)
+        borders: Sequence[int],  # world_size + 1
+        out: Tensor,  # (borders[rank + 1] - borders[rank],)
+    ) -> Reduction:
+        """Start to fill ``out`` with this rank's shard of the mean of all ranks' buckets.
+
+        Summed in rank order, in fp32 where elements have 16 bits, then divided.
+        """
 
     @abstractmethod
     def all_gather_rows(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shardopt.comm.collectives import Collectives, Done, Handle
+from shardopt.comm.collectives import Collectives, Done, Handle, Reduction
 
 
 class SoloCollectives(Collectives):
@@ -20,6 +20,11 @@ class SoloCollectives(Collectives):
     def all_gather(self, bucket: Tensor, borders: Sequence[int]) -> Handle:
         """Nothing to gather."""
         return Done()
+
+    def reduce_scatter(self, bucket: Tensor, borders: Sequence[int], out: Tensor) -> Reduction:
+        """The mean of one is itself."""
+        out.copy_(bucket)
+        return _Copied(bucket[None])
 
     def all_gather_rows(self, row: Tensor) -> Tensor:
         """The one row."""
@@ -36,3 +41,8 @@ class SoloCollectives(Collectives):
     def receive(self, tensor: Tensor, source: int) -> Handle:
         """There is nobody to receive from."""
         raise AssertionError("a world of one has no other rank")
+
+
+class _Copied(Done):
+    def __init__(self, rows: Tensor):
+        self.rows: Tensor | None = rows

@@ -121,6 +121,13 @@ class Bucket:
         """Elements of the buffer, gaps and padding included."""
         return self.borders[-1]
 
+    @property
+    def gaps(self) -> Iterator[tuple[int, int]]:
+        """What no slot covers: ``[start, stop)`` of each gap, the padding at the end included."""
+        stops = [0, *(slot.stop for slot in self.slots)]
+        starts = [*(slot.start for slot in self.slots), self.numel]
+        return ((stop, start) for stop, start in zip(stops, starts, strict=True) if stop < start)
+
     def segments(self, rank: int) -> Iterator[Segment]:
         """The segments of ``rank``'s shard, in order. A zero-size slot belongs to one rank too."""
         low, high = self.borders[rank], self.borders[rank + 1]

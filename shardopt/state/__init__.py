@@ -12,7 +12,7 @@ What describes the state (names, dtypes, shapes, plain values) travels as text; 
 they are, never pickled.
 """
 
-from shardopt.state.load import load
+from shardopt.state.methods import StatefulOptimizer
 from shardopt.state.snapshot import Snapshot
 
-__all__ = ["Snapshot", "load"]
+__all__ = ["Snapshot", "StatefulOptimizer"]

@@ -1,0 +1,67 @@
+"""What the optimizer asks of the gradients of a step, whoever has averaged them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor
+
+from shardopt.gradients.report import Verdict
+from shardopt.policies import Guards
+from shardopt.shard import Shard
+
+Facts = Callable[[float | None], Mapping[str, object]]  # of a norm's order, or of a step
+
+
+class Gradients(ABC):
+    """The averaged gradients of this rank's segments.
+
+    Args:
+        shard: the parameters they belong to.
+        guards: what is checked of them.
+        facts: what ranks must agree on at each step, by name.
+    """
+
+    reduces = False  # whether ranks bring gradients of their own, to be averaged here
+
+    def __init__(self, shard: Shard, guards: Guards, facts: Facts):
+        self.shard, self.guards, self.facts = shard, guards, facts
+
+    def extend(self) -> None:  # noqa: B027
+        """The shard has new parameters."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """A backward in here only adds to ``.grad``."""
+        return nullcontext()
+
+    @abstractmethod
+    def settle(self) -> Verdict:
+        """Return when all gradients are there and every rank says of them the same. Collective.
+
+        Raises:
+            GradientError, AgreementError: on every rank; nothing has been updated.
+        """
+
+    @abstractmethod
+    def of(self, index: int) -> Tensor | None:
+        """The gradient of this rank's segment of a parameter, shaped as the segment's tensor."""
+
+    @abstractmethod
+    def clip_norm(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
+        """Scale the gradients of all ranks to a norm of at most ``max_norm``. Collective.
+
+        Returns:
+            The norm before that, 0-dim.
+        """
+
+    @abstractmethod
+    def clip_value(self, clip_value: float) -> None:
+        """Clamp every element of the gradients to ``[-clip_value, clip_value]``. Collective."""
+
+    def zero(self) -> None:  # noqa: B027
+        """Forget what has been reduced since the last step."""
+
+    def consume(self) -> None:  # noqa: B027
+        """A step has used the gradients."""

@@ -1,0 +1,74 @@
+"""Norms of gradients that lie in parts on many ranks. Nothing here waits for a device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def norm_order(norm_type: Any) -> float:
+    """The order of a norm as a number; ``ValueError`` for what is not positive."""
+    order = float(norm_type)
+    if not order > 0:
+        raise ValueError(f"norm_type: expected a positive number or inf, got {norm_type!r}")
+    return order
+
+
+def power_sum(tensors: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
+    """The sum of ``|x|**norm_type`` over all elements, or the largest ``|x|``; 0-dim, float64.
+
+    Elements are summed within a tensor as ``torch.nn.utils.clip_grad_norm_`` does, in fp32 at
+    least; tensors and ranks in float64.
+    """
+    norms = _norms(tensors, norm_type)
+    if not norms:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    together = torch.stack([norm.to(device, torch.float64, non_blocking=True) for norm in norms])
+    return together.max() if math.isinf(norm_type) else together.pow(norm_type).sum()
+
+
+def first_nonfinite(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Which of ``tensors`` is the first with an inf or a NaN, plus 1; 0 for none. 0-dim."""
+    norms = _norms(tensors, math.inf)
+    if not norms:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    together = torch.stack([norm.to(device, torch.float64, non_blocking=True) for norm in norms])
+    bad = ~together.isfinite()
+    return torch.where(bad.any(), bad.int().argmax() + 1, 0).double()
+
+
+def total_norm(
+    powers: Tensor,  # (world_size,)
+    norm_type: float,
+) -> Tensor:  # 0-dim
+    """The norm over all ranks, from each rank's ``power_sum``, summed in rank order."""
+    return powers.max() if math.isinf(norm_type) else powers.sum().pow(1.0 / norm_type)
+
+
+def clip_factor(total: Tensor, max_norm: float) -> Tensor:
+    """What gradients are multiplied by, as in ``torch.nn.utils.clip_grad_norm_``; at most 1."""
+    return (max_norm / (total + 1e-6)).clamp(max=1.0)
+
+
+def _norms(tensors: Sequence[Tensor], order: float) -> list[Tensor]:
+    """The norm of each tensor, in at least fp32; 0 for an empty one."""
+    norms = [torch.zeros((), device=tensor.device) for tensor in tensors]
+    held = [_real(tensor, order) for tensor in tensors]
+    for dtype in {tensor.dtype for tensor in held}:
+        places = [i for i, t in enumerate(held) if t.dtype is dtype and t.numel()]
+        wide = torch.float32 if dtype.itemsize < 4 else None
+        found = torch._foreach_norm([held[i] for i in places], order, dtype=wide) if places else []
+        for i, norm in zip(places, found, strict=True):
+            norms[i] = norm
+    return norms
+
+
+def _real(tensor: Tensor, order: float) -> Tensor:
+    """Real numbers with the same norm."""
+    if not tensor.is_complex():
+        return tensor
+    return torch.view_as_real(tensor) if order == 2 else tensor.abs()

@@ -1,0 +1,142 @@
+"""What each rank says of its gradients before a step, and what all ranks make of it.
+
+[Note: Agreement] One small all-gather a step: every rank has every report and judges them alike,
+in rank order, so that all go on, all skip, or all raise. A report has ``8 + P / 62`` words of 64
+bits for ``P`` parameters.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+
+import torch
+from torch import Tensor
+
+from shardopt.comm import Collectives
+from shardopt.errors import GradientError
+from shardopt.policies import Guards
+
+_log = logging.getLogger("shardopt")
+_BITS = 62  # of a word that stand for parameters: the sign is left alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What one rank says. Parameters are named by index + 1, with 0 for none."""
+
+    rounds: int  # of reductions that it has taken part in, or wants to
+    lost: int  # of these, those whose backward an exception has ended
+    facts: int  # hash of the steps taken, the options, and what it is about to do
+    changed: int = 0  # a parameter whose gradient was changed after it was sent; -1: one was lost
+    nonfinite: int = 0  # a parameter whose mean gradient is not finite
+    source: int = 0  # the rank that brought it, plus 1
+    power: int = 0  # bits of a float64: the sum of |g|**p over its segments, or the largest |g|
+    present: frozenset[int] = frozenset()  # indices of parameters that have a gradient here
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What every rank knows of the gradients of this step."""
+
+    present: frozenset[int]  # indices of parameters that have a gradient on any rank
+    skips: bool  # leave parameters and state as they are
+    powers: Tensor  # (world_size,) float64: each rank's sum of |g|**p, or largest |g|
+
+
+def exchange(collectives: Collectives, report: Report, num_parameters: int) -> list[Report]:
+    """Every rank's report, in rank order. Collective."""
+    *numbers, present = astuple(report)
+    words = [0] * (num_parameters // _BITS + 1)
+    for index in present:
+        words[index // _BITS] |= 1 << index % _BITS
+    row = torch.tensor([*numbers, *words], dtype=torch.int64, device="cpu")
+    return [_read(row) for row in collectives.all_gather_rows(row).tolist()]
+
+
+def _read(row: Sequence[int]) -> Report:
+    names = [field.name for field in fields(Report)][:-1]
+    words = row[len(names) :]
+    present = {i * _BITS + b for i, word in enumerate(words) for b in range(_BITS) if word >> b & 1}
+    return Report(**dict(zip(names, row, strict=False)), present=frozenset(present))
+
+
+def to_bits(value: float) -> int:
+    """A float64 as an integer of the same 64 bits."""
+    return int(struct.unpack("q", struct.pack("d", value))[0])
+
+
+def from_bits(bits: int) -> float:
+    """The float64 that ``to_bits`` was given."""
+    return float(struct.unpack("d", struct.pack("q", bits))[0])
+
+
+def judge(
+    reports: Sequence[Report],
+    powers: Tensor,  # (world_size,)
+    names: Sequence[str],  # of the parameters
+    trained: Sequence[int],  # indices of those that want a gradient
+    guards: Guards,
+) -> Verdict:
+    """The verdict that every rank comes to.
+
+    Raises:
+        GradientError: on every rank.
+    """
+    _refuse_lost(reports, names)
+    present = frozenset[int]().union(*(report.present for report in reports))
+    if present and not guards.find_unused_parameters:
+        _refuse_unused(reports, names, trained)
+    return Verdict(present, _skips(reports, names, guards), powers)
+
+
+def _refuse_lost(reports: Sequence[Report], names: Sequence[str]) -> None:
+    for rank, report in enumerate(reports):
+        if report.changed > 0:
+            raise GradientError(
+                f"the gradient of {names[report.changed - 1]!r} was changed on rank {rank} after "
+                "it had been sent to the other ranks, as by torch.nn.utils.clip_grad_norm_ or "
+                "GradScaler.unscale_; use optimizer.clip_grad_norm_ or shardopt.GradScaler, or "
+                "change .grad before backward() has sent it, in a hook or within no_sync()"
+            )
+        if report.changed < 0:
+            raise GradientError(
+                f"an exception ended a backward() on rank {rank} while gradients were being "
+                "accumulated, and a part of its gradients is added already; call "
+                "optimizer.zero_grad() and repeat all backward passes of this step"
+            )
+    if len({report.lost for report in reports}) > 1:
+        lost = [report.lost for report in reports]
+        raise GradientError(
+            f"an exception ended a backward() on rank {lost.index(max(lost))} and not on rank "
+            f"{lost.index(min(lost))}; call optimizer.zero_grad() and repeat it on every rank"
+        )
+
+
+def _refuse_unused(reports: Sequence[Report], names: Sequence[str], trained: Sequence[int]) -> None:
+    for rank, report in enumerate(reports):
+        if missing := [names[index] for index in trained if index not in report.present]:
+            more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+            raise GradientError(
+                f"expected a gradient for every parameter, got none on rank {rank} for "
+                f"{', '.join(map(repr, missing[:4]))}{more}; let every parameter take part in the "
+                "loss on every rank, freeze it with requires_grad_(False), or pass "
+                "guards=Guards(find_unused_parameters=True)"
+            )
+
+
+def _skips(reports: Sequence[Report], names: Sequence[str], guards: Guards) -> bool:
+    for report in reports:
+        if report.nonfinite and guards.nonfinite != "ignore":
+            name = names[report.nonfinite - 1]
+            where = f"rank {report.source - 1}" if report.source else "a rank"
+            text = f"the gradient of {name!r} from {where} is not finite"
+            if guards.nonfinite == "raise":
+                raise GradientError(
+                    f"{text}; look for the cause there, or pass guards=Guards(nonfinite='skip')"
+                )
+            _log.warning("%s: the step is skipped on every rank", text)
+            return True
+    return False

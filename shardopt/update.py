@@ -1,0 +1,110 @@
+"""One step of the class on this rank's segments, and what it makes of them on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from shardopt.shard import NOT_OPTIONS, Group, Shard
+
+
+def update(
+    shard: Shard, groups: Sequence[Group], gradient_of: Callable[[int], Tensor | None]
+) -> Iterator[int]:
+    """One step of the class on this rank's segments, with the options of the user's groups.
+
+    Options flow in before it and, where the class changes them, out after it. A class that
+    updates each parameter by itself goes bucket by bucket.
+
+    Args:
+        shard: whose buckets.
+        groups: the user's groups.
+        gradient_of: parameter index -> the gradient of its segment, if it has one.
+
+    Yields:
+        The number of each bucket, as soon as it is updated.
+    """
+    pushed = [shard.inner_options(number, group) for number, group in enumerate(groups)]
+    for inner, options in zip(shard.optim.param_groups, pushed, strict=True):
+        inner.update(options)
+    everything = list(range(len(shard.layout.buckets)))
+    for numbers in [[n] for n in everything] if shard.algorithm.separable else [everything]:
+        with _only(shard, numbers):
+            _step_on(shard, numbers, gradient_of)
+        yield from numbers
+    for group, inner, options in zip(groups, shard.optim.param_groups, pushed, strict=True):
+        for key, value in inner.items():
+            if key not in NOT_OPTIONS and (key not in options or value is not options[key]):
+                group[key] = value
+
+
+def _step_on(
+    shard: Shard, numbers: Sequence[int], gradient_of: Callable[[int], Tensor | None]
+) -> None:
+    """Let the class step on the segments of some buckets."""
+    rank = shard.collectives.rank
+    here = [s.parameter for n in numbers for s in shard.layout.buckets[n].segments(rank)]
+    for index in here:
+        tensor, grad = shard.segments[index][1], gradient_of(index)
+        if grad is not None and grad.dtype != tensor.dtype:
+            tensor.grad_dtype = grad.dtype  # as the user has set it on the parameter
+        tensor.grad = grad
+    try:
+        _step_without_hooks(shard.optim)
+    finally:
+        for index in here:
+            shard.segments[index][1].grad = None
+
+
+@contextmanager
+def _only(shard: Shard, numbers: Sequence[int]) -> Iterator[None]:
+    """Within, the class sees the segments of some buckets only."""
+    if len(numbers) == len(shard.layout.buckets):
+        yield
+        return
+    whole = [group["params"] for group in shard.optim.param_groups]
+    rank = shard.collectives.rank
+    here = {
+        id(shard.segments[segment.parameter][1])
+        for number in numbers
+        for segment in shard.layout.buckets[number].segments(rank)
+    }
+    try:
+        for group in shard.optim.param_groups:
+            group["params"] = [tensor for tensor in group["params"] if id(tensor) in here]
+        yield
+    finally:
+        for group, tensors in zip(shard.optim.param_groups, whole, strict=True):
+            group["params"] = tensors
+
+
+def gather(shard: Shard, numbers: Iterable[int], changed: Iterable[int]) -> None:
+    """All-gather buckets in the order in which they come; tell autograd what has changed."""
+    handles = [
+        shard.collectives.all_gather(
+            shard.buffers.buckets[number], shard.layout.buckets[number].borders
+        )
+        for number in numbers
+    ]
+    for handle in handles:
+        handle.wait()
+    torch.autograd.graph.increment_version([shard.parameters[index] for index in changed])
+
+
+def broadcast(shard: Shard, first: int) -> None:
+    """Overwrite the buckets from number ``first`` on by those of rank 0."""
+    handles = [shard.collectives.broadcast(bucket, 0) for bucket in shard.buffers.buckets[first:]]
+    for handle in handles:
+        handle.wait()
+
+
+def _step_without_hooks(optim: Optimizer) -> None:
+    """``optim.step()`` without torch's hook wrapper: global hooks fire for the outer step."""
+    step = type(optim).step
+    if getattr(step, "hooked", False):
+        step = step.__wrapped__  # type: ignore[attr-defined]
+    step(optim)
