@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import gc
+import json
 import pathlib
 import re
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from shardopt.comm import Collectives
+from shardopt.comm.collectives import Handle, Reduction
 
 MB = 10**6
 
@@ -56,6 +63,75 @@ def _resident(field: str) -> float:
     match = re.search(rf"{field}:\s+(\d+) kB", status)
     assert match, field
     return int(match[1]) * 1024 / MB
+
+
+def peak_allocated(action: Callable[[], object]) -> float:
+    """Most megabytes of tensors at one time that ``action`` has allocated and not freed yet.
+
+    What torch's CPU allocator reports to the profiler: every tensor, temporaries of kernels and of
+    autograd included, to the byte; nothing of Python, libraries, or gloo's own buffers.
+    """
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        action()
+    with tempfile.TemporaryDirectory() as folder:
+        profiler.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(pathlib.Path(f"{folder}/trace.json").read_text())["traceEvents"]
+    changes = [e for e in events if e["name"] == "[memory]" and e["args"]["Device Type"] == 0]
+    changes.sort(key=lambda event: event["ts"])
+    return _most_held([(e["args"]["Addr"], e["args"]["Bytes"]) for e in changes]) / MB
+
+
+def _most_held(changes: Sequence[tuple[int, int]]) -> int:
+    """The most bytes held at one time, from blocks that came (bytes > 0) and went.
+
+    What gloo's threads free is not reported: memory handed out anew had been freed before.
+    """
+    held: dict[int, int] = {}  # address -> bytes
+    most = 0
+    for start, size in changes:
+        if size < 0:
+            held.pop(start, None)
+            continue
+        for other in [at for at, n in held.items() if at < start + size and start < at + n]:
+            del held[other]
+        held[start] = size
+        most = max(most, sum(held.values()))
+    return most
+
+
+class Counted(Collectives):
+    """Passes everything on, and adds up the bytes that this rank hands over for other ranks."""
+
+    def __init__(self, inner: Collectives):
+        self.inner = inner
+        self.rank, self.world_size = inner.rank, inner.world_size
+        self.wire_device = inner.wire_device
+        self.sent: Counter[str] = Counter()
+
+    def all_gather(self, bucket: Tensor, borders: Sequence[int]) -> Handle:
+        own = borders[self.rank + 1] - borders[self.rank]
+        self.sent["all_gather"] += own * bucket.itemsize * (self.world_size - 1)
+        return self.inner.all_gather(bucket, borders)
+
+    def reduce_scatter(self, bucket: Tensor, borders: Sequence[int], out: Tensor) -> Reduction:
+        self.sent["reduce_scatter"] += (bucket.numel() - out.numel()) * bucket.itemsize
+        return self.inner.reduce_scatter(bucket, borders, out)
+
+    def all_gather_rows(self, row: Tensor) -> Tensor:
+        self.sent["all_gather_rows"] += row.nbytes * (self.world_size - 1)
+        return self.inner.all_gather_rows(row)
+
+    def broadcast(self, tensor: Tensor, source: int) -> Handle:
+        self.sent["broadcast"] += tensor.nbytes * (self.world_size - 1) * (self.rank == source)
+        return self.inner.broadcast(tensor, source)
+
+    def send(self, tensor: Tensor, to: int) -> Handle:
+        self.sent["send"] += tensor.nbytes
+        return self.inner.send(tensor, to)
+
+    def receive(self, tensor: Tensor, source: int) -> Handle:
+        return self.inner.receive(tensor, source)
 
 
 def from_all_ranks(value: float) -> list[float]:

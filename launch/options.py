@@ -61,6 +61,11 @@ NOT_HERE = {
     "LBFGS": "it reevaluates the model within a step, over all the text; choose AdamW",
     "SparseAdam": "it takes sparse gradients alone, and these are dense; choose Adam",
 }
+GRADIENTS = {
+    "replicated": "DDP averages them",
+    "local": "shardopt averages them",
+    "sharded": "shardopt averages them, and each rank keeps its part only",
+}
 SCHEDULERS = {
     "none": "the lr stays",
     "cosine": "warm-up over a twentieth of the steps, then half a cosine down to a tenth",
@@ -91,13 +96,17 @@ class Options:
     plot: str
     resume: str | None = None
     kernel: str = "auto"
+    gradients: str = "sharded"
+    clip: float = 1.0
     device: str = "auto"
     check: bool = False
 
 
 # What makes a run this run and no other. A resumed run takes it from the file.
-IDENTITY = ("optimizer", "scheduler", "lr", "weight_decay", "size", "batch", "context", "seed")
-HABITS = ("steps", "eval_every", "save_every", "kernel")  # also from the file, unless given
+LEARNING = ("optimizer", "scheduler", "lr", "weight_decay", "clip")
+IDENTITY = (*LEARNING, "size", "batch", "context", "seed")
+HABITS = ("steps", "eval_every", "save_every", "kernel", "gradients")  # as well, unless given
+EARLIER = {"gradients": "replicated", "clip": 0.0}  # what runs did whose file does not say
 PLANNED = ("cosine", "linear", "step", "onecycle")  # schedules laid out over --steps
 
 
@@ -137,6 +146,8 @@ def _add_what_to_train(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=_whole(1), metavar="N", help="steps in all, those before a resume included")
     add("--batch", type=_whole(1), metavar="N", help="windows of one step, over all ranks")
     add("--context", type=_whole(2), metavar="N", help="bytes in a window")
+    add("--clip", type=_number(least=0), metavar="X",
+        help="the largest norm of the gradients; 0: any (default 1)")  # fmt: skip
     add("--seed", type=_whole(0), metavar="N", help="of weights and order of data (default 0)")
 
 
@@ -154,6 +165,8 @@ def _add_where_and_when(parser: argparse.ArgumentParser) -> None:
     add("--plot", metavar="PATH", help="the curves, a PNG (default: curves.png in --out)")
     add("--kernel", type=_one_of(("auto", "torch")), metavar="NAME",
         help=f"{kernels} (default auto)")  # fmt: skip
+    kinds = "; ".join(f"{name}: {what}" for name, what in GRADIENTS.items())
+    add("--gradients", type=_one_of(GRADIENTS), metavar="NAME", help=f"{kinds} (default sharded)")
     add("--check", action="store_true", help="check the options and train nothing")
     add("--device", type=_one_of(("auto", "cpu", "cuda")), metavar="NAME",
         help="auto takes GPUs where there are any (default auto)")  # fmt: skip
@@ -164,6 +177,7 @@ def fill_in(
 ) -> Options:
     """``given`` completed by what a resumed run was ``saved`` with, and by defaults; checked."""
     if saved is not None:
+        saved = {**EARLIER, **saved}
         _check_same_run(given, saved)
         given = {**{name: saved[name] for name in IDENTITY + HABITS}, **given}
     size = SIZES[given.get("size", Options.size)]

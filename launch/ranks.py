@@ -47,6 +47,25 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over ranks, summed in their order, then divided: as shardopt does over gloo."""
+        if self.world_size == 1:
+            return tensor
+        rows = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(rows, tensor)
+        total = rows[0]
+        for row in rows[1:]:
+            total += row
+        return total / self.world_size
+
+    @property
+    def sums_in_rank_order(self) -> bool:
+        """Whether shardopt's own means are those of :meth:`mean`, bit for bit.
+
+        NCCL has an order of its own, which matters from three ranks on.
+        """
+        return self.world_size <= 2 or dist.get_backend() == "gloo"
+
     def from_first(self, value: T) -> T:
         """The first rank's ``value``, a small object, on every rank."""
         values: list[Any] = [value]

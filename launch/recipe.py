@@ -28,7 +28,11 @@ def class_options(options: Options) -> dict[str, Any]:
 
 def build_optimizer(parameters: Iterable[nn.Parameter], options: Options) -> ShardedOptimizer:
     return ShardedOptimizer(
-        parameters, optimizer_class(options), kernel=options.kernel, **class_options(options)
+        parameters,
+        optimizer_class(options),
+        gradients=options.gradients,
+        kernel=options.kernel,
+        **class_options(options),
     )
 
 

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from shardopt import update, validation
 from shardopt.algos import algorithm_for
+from shardopt.arrivals import Arrivals
 from shardopt.comm import Collectives, choose_collectives
 from shardopt.gradients import GradientMethods, Gradients, gradients_of
 from shardopt.guard import agree, agree_on_gradients, agree_on_values, all_or_none
@@ -104,6 +106,7 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer):
             options=options,
         )
         self._snapshot = Snapshot(self._shard)
+        self._arrivals = Arrivals(self._shard)
         self._gradients = self._make_gradients()
         name = f"{optimizer_class.__module__}.{optimizer_class.__qualname__}"
         self._build(self.param_groups, {"the optimizer class": name, **policies})
@@ -179,6 +182,7 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._arrivals.wait()
         self._snapshot.drop()
         first = self._num_steps == 0
         (self._check_first_step if first else self._check_step)()
@@ -196,7 +200,7 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer):
         if guarded:  # what a class refuses only when it steps, it refuses where the parameter lies
             with all_or_none(self.collectives):
                 buckets = iter(list(buckets))
-        update.gather(self._shard, buckets, present)
+        self._arrivals.expect(update.gather(self._shard, buckets, present))
 
     def _check_step(self) -> None:
         """Take parameters back that left their buckets; refuse gradients that cannot be cut."""
@@ -223,6 +227,26 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer):
                 self.collectives.world_size,
             )
 
+    def overlap_forward(self, model: nn.Module) -> None:
+        """Let the next forward, not ``step``, wait for the updated parameters, module by module.
+
+        Whoever takes a parameter out of ``model``, by name or by ``parameters()``, waits for it,
+        and so does all that this optimizer does. Only who holds a parameter since before ``step``
+        and looks at it before the next forward has to call ``wait()`` first.
+
+        Args:
+            model: the model, or a part of it; not a copy made by ``torch.compile``, which is
+                compiled after this.
+
+        Example:
+            >>> optimizer.overlap_forward(model)
+        """
+        self._arrivals.overlap(model)
+
+    def wait(self) -> None:
+        """Return when all updated parameters are there; needed after ``overlap_forward`` only."""
+        self._arrivals.wait()
+
     # -- for tools -----------------------------------------------------------------------------
 
     @property
@@ -243,16 +267,18 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedOptimizer:
         """A copy over copies of the parameters; it shares the process group."""
+        self._arrivals.wait()
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         plain = {k: v for k, v in self.__dict__.items() if not k.startswith("_optimizer_")}
-        owned = ("collectives", "_shard", "_snapshot", "_gradients")
+        owned = ("collectives", "_shard", "_snapshot", "_gradients", "_arrivals")
         for own in (*owned, "step"):  # which a scheduler patches
             plain.pop(own, None)
         twin.__dict__.update(copy.deepcopy(plain, memo), collectives=self.collectives)
         twin.__setstate__({})
         twin._shard = self._shard.clone(twin.param_groups)
         twin._snapshot = self._snapshot.of(twin._shard)
+        twin._arrivals = Arrivals(twin._shard)
         twin._gradients = twin._make_gradients()
         twin._gradients.extend()
         return twin

@@ -222,6 +222,10 @@ class Shard:
             for inner, group in zip(self.optim.param_groups, saved, strict=True)
         ]
 
+    def holds(self, parameter: Tensor) -> bool:
+        """Whether it is one of the user's tensors here."""
+        return id(parameter) in self._index
+
     def index(self, parameter: Tensor) -> int:
         """The index of one of the user's tensors. Raises ``KeyError`` for any other tensor."""
         return self._index[id(parameter)]

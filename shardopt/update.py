@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from shardopt.comm.collectives import Handle
 from shardopt.shard import NOT_OPTIONS, Group, Shard
 
 
@@ -82,17 +83,19 @@ def _only(shard: Shard, numbers: Sequence[int]) -> Iterator[None]:
             group["params"] = tensors
 
 
-def gather(shard: Shard, numbers: Iterable[int], changed: Iterable[int]) -> None:
-    """All-gather buckets in the order in which they come; tell autograd what has changed."""
-    handles = [
-        shard.collectives.all_gather(
-            shard.buffers.buckets[number], shard.layout.buckets[number].borders
-        )
+def gather(shard: Shard, numbers: Iterable[int], changed: Iterable[int]) -> dict[int, Handle]:
+    """Start to gather buckets in the order in which they come; tell autograd what has changed.
+
+    Returns:
+        The number of each bucket -> its handle.
+    """
+    buckets, buffers = shard.layout.buckets, shard.buffers.buckets
+    handles = {
+        number: shard.collectives.all_gather(buffers[number], buckets[number].borders)
         for number in numbers
-    ]
-    for handle in handles:
-        handle.wait()
+    }
     torch.autograd.graph.increment_version([shard.parameters[index] for index in changed])
+    return handles
 
 
 def broadcast(shard: Shard, first: int) -> None:

@@ -205,8 +205,9 @@ def refuse_gradients(parameters: Sequence[Tensor], names: Sequence[str], atom: A
     if abandoned:
         warnings.warn(
             f"parameter {abandoned[0]!r} has no gradient, and nothing but the optimizer holds it "
-            "any more: the model has another now, as after load_state_dict(assign=True); construct "
-            "ShardedOptimizer after that, or load with assign=False",
+            "any more: the model has another now, as after load_state_dict(assign=True), or when a "
+            "model and its optimizer are deep-copied apart; construct ShardedOptimizer after that, "
+            "load with assign=False, or copy both at once: copy.deepcopy((model, optimizer))",
             stacklevel=5,
         )
 

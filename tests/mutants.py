@@ -17,8 +17,9 @@ PACKAGE = ROOT / "shardopt"
 
 NOTHING = ("agree", "agree_on_values", "agree_on_gradients", "_agree_on_tensors")
 MOVES = ("all_gather", "all_gather_object", "broadcast", "send", "receive", "isend", "irecv")
-OTHERS = ("all_gather_rows", "gather_texts", "broadcast_text", "all_or_none", "wait")
-CALLEES = {*NOTHING, *MOVES, *OTHERS, "send_tensors", "receive_tensors"}
+REDUCES = ("reduce_scatter", "all_to_all_single")
+OTHERS = ("all_gather_rows", "gather_texts", "broadcast_text", "all_or_none", "wait", "wait_for")
+CALLEES = {*NOTHING, *MOVES, *REDUCES, *OTHERS, "send_tensors", "receive_tensors"}
 
 
 def sites() -> list[str]:
@@ -106,6 +107,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
 
 class _Done:
+    rows = None
+
     def wait(self):
         return None
 
@@ -114,11 +117,15 @@ def _nothing(*args, **kwargs):
     return _Done()
 
 
-for _name in (*NOTHING, *MOVES, "send_tensors", "receive_tensors"):
+for _name in (*NOTHING, *MOVES, *REDUCES, "send_tensors", "receive_tensors"):
     globals()[f"no_{_name}"] = _nothing
 
 
 def no_wait(handle):
+    """What is under way stays so."""
+
+
+def no_wait_for(arrivals, parameters):
     """What is under way stays so."""
 
 

@@ -55,14 +55,21 @@ class Collectives(ABC):
     channel of their own, so that they never pair with those of DDP or of the user.
 
     Attributes:
-        rank: this rank, counted from 0 within the group.
-        world_size: number of ranks in the group.
+        rank: this rank, counted from 0 among those that split the state.
+        world_size: number of ranks that split the state.
+        replica: which copy of the shards this rank's belongs to; 0 but on a 2-D mesh.
         wire_device: where small messages and consolidated state travel.
     """
 
     rank: int
     world_size: int
     wire_device: torch.device
+    replica: int = 0
+
+    @property
+    def shard_axis(self) -> Collectives:
+        """The ranks that hold one copy of the state among them: all, but on a 2-D mesh."""
+        return self
 
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A zeroed 1-D buffer of ``numel`` elements that this object can move without a copy."""
@@ -92,8 +99,8 @@ class Collectives(ABC):
     def all_gather_rows(
         self,
         row: Tensor,  # (k,), k and dtype the same on every rank
-    ) -> Tensor:  # (world_size, k), on the CPU
-        """Every rank's small message, in rank order. Blocks."""
+    ) -> Tensor:  # (number of ranks, k), on the CPU
+        """Every rank's small message, in rank order, replica by replica. Blocks."""
 
     @abstractmethod
     def broadcast(self, tensor: Tensor, source: int) -> Handle:

@@ -91,7 +91,7 @@ class TorchCollectives(Collectives):
         nccl = self._backends.get(bucket.device.type) == "nccl"
         if nccl and len(set(sizes)) == 1 and bucket.dtype in (torch.float32, torch.float64):
             mean = {"op": dist.ReduceOp.AVG, "group": self._group, "async_op": True}
-            return _Reduced(_reduce_scatter_single(out, bucket, **mean))
+            return _Reduced(_reduce_scatter_single(out, bucket, **mean), out)
         rows = out.new_empty(self.world_size, out.numel())
         handle = dist.all_to_all_single(
             _as_bytes(rows),
@@ -101,7 +101,7 @@ class TorchCollectives(Collectives):
             group=self._group,
             async_op=True,
         )
-        return _Mean(handle, rows, out)
+        return _Reduced(handle, out, rows)
 
     def all_gather_rows(self, row: Tensor) -> Tensor:
         """See the base class."""
@@ -130,28 +130,15 @@ def _as_bytes(tensor: Tensor) -> Tensor:
 
 
 class _Reduced:
-    """A reduction that the backend carries out."""
+    """A reduction by the backend, or one that ends here: the mean of what each rank has sent."""
 
-    rows: Tensor | None = None
-
-    def __init__(self, work: dist.Work):
-        self._work = work
+    def __init__(self, handle: Handle, out: Tensor, rows: Tensor | None = None):
+        self._handle, self._out, self.rows = handle, out, rows
 
     def wait(self) -> None:
-        self._work.wait()
-
-
-class _Mean:
-    """A reduction that ends here: the mean of what has come from each rank."""
-
-    def __init__(self, handle: Handle, rows: Tensor, out: Tensor):
-        self._handle, self._out = handle, out
-        self.rows: Tensor | None = rows
-
-    def wait(self) -> None:
-        assert self.rows is not None
         self._handle.wait()
-        mean_of_rows(self.rows, self._out)
+        if self.rows is not None:
+            mean_of_rows(self.rows, self._out)
 
 
 def mean_of_rows(

@@ -60,6 +60,10 @@ class Gradients(ABC):
     def clip_value(self, clip_value: float) -> None:
         """Clamp every element of the gradients to ``[-clip_value, clip_value]``. Collective."""
 
+    def unscale(self, inverse: Tensor, found: Tensor) -> None:
+        """Multiply gradients by ``inverse``; ``found`` becomes 1 if one here is not finite."""
+        raise AssertionError("GradScaler of torch does it where gradients are replicated")
+
     def zero(self) -> None:  # noqa: B027
         """Forget what has been reduced since the last step."""
 

@@ -7,14 +7,16 @@ from contextlib import AbstractContextManager
 from torch import Tensor
 from torch.optim import Optimizer
 
+from shardopt.errors import UnsupportedError
 from shardopt.gradients.base import Gradients
-from shardopt.gradients.norms import norm_order
+from shardopt.gradients.norms import a_number, norm_order
 
 
 class GradientMethods(Optimizer):
     """A ``torch.optim`` optimizer whose gradients are averaged over ranks."""
 
     _gradients: Gradients
+    _amp_scaling_agreed = False  # while shardopt.GradScaler steps
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, on every rank those that have been averaged so far, too.
@@ -57,9 +59,19 @@ class GradientMethods(Optimizer):
         Returns:
             The norm before clipping, 0-dim.
         """
-        order = norm_order(norm_type)
-        return self._gradients.clip_norm(float(max_norm), order, error_if_nonfinite)
+        limit, order = a_number("max_norm", max_norm), norm_order(norm_type)
+        return self._gradients.clip_norm(limit, order, error_if_nonfinite)
 
     def clip_grad_value_(self, clip_value: float) -> None:
         """Clamp each element of the averaged gradients to ``[-clip_value, clip_value]``."""
-        self._gradients.clip_value(float(clip_value))
+        self._gradients.clip_value(a_number("clip_value", clip_value))
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What torch's GradScaler asks before it steps; ours stands in ``_amp_scaling_agreed``."""
+        if self._gradients.reduces and not self._amp_scaling_agreed:
+            raise UnsupportedError(
+                "torch's GradScaler looks at .grad, and with gradients='local' or 'sharded' each "
+                "rank would decide for itself; use shardopt.GradScaler"
+            )
+        return False

@@ -9,10 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_ROW = 1024
+
+
+def a_number(argument: str, value: Any) -> float:
+    """The value as a float; ``TypeError`` for what is none, such as a model's parameters."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"{argument}: expected a number, got {type(value).__name__}; the optimizer's own "
+            "clipping takes no parameters: optimizer.clip_grad_norm_(1.0)"
+        ) from None
+
 
 def norm_order(norm_type: Any) -> float:
     """The order of a norm as a number; ``ValueError`` for what is not positive."""
-    order = float(norm_type)
+    try:
+        order = float(norm_type)
+    except (TypeError, ValueError):
+        order = math.nan
     if not order > 0:
         raise ValueError(f"norm_type: expected a positive number or inf, got {norm_type!r}")
     return order
@@ -21,13 +37,26 @@ def norm_order(norm_type: Any) -> float:
 def power_sum(tensors: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
     """The sum of ``|x|**norm_type`` over all elements, or the largest ``|x|``; 0-dim, float64.
 
-    Elements are summed within a tensor as ``torch.nn.utils.clip_grad_norm_`` does, in fp32 at
-    least; tensors and ranks in float64.
+    Elements are added up in fp32 at least within rows of 1024, and in float64 from there on: one
+    fp32 sum over a bucket of millions is off by 2e-4.
+
+    Args:
+        tensors: contiguous ones.
+        norm_type: the order of the norm, positive or inf.
+        device: where the result lies.
     """
-    norms = _norms(tensors, norm_type)
+    norms = []
+    for tensor in tensors:
+        flat = _real(tensor, norm_type).view(-1)
+        wide = torch.float32 if flat.dtype.itemsize < 4 else flat.dtype
+        whole = flat.numel() // _ROW * _ROW
+        for rows in (flat[:whole].view(-1, _ROW), flat[whole:].view(1, -1)):
+            if rows.numel():
+                norm = torch.linalg.vector_norm(rows, norm_type, dim=1, dtype=wide)
+                norms.append(norm.to(device, torch.float64, non_blocking=True))
     if not norms:
         return torch.zeros((), dtype=torch.float64, device=device)
-    together = torch.stack([norm.to(device, torch.float64, non_blocking=True) for norm in norms])
+    together = torch.cat(norms)
     return together.max() if math.isinf(norm_type) else together.pow(norm_type).sum()
 
 

@@ -3,7 +3,7 @@
 [Note: In flight] A bucket's gradients are copied into a staging buffer that nobody writes until
 its reduction has ended, so that ``.grad`` is free the moment it is copied. A staging buffer (and,
 where the backend needs one, room for what comes from the others) exists for each reduction under
-way: of which there are at most ``MAX_IN_FLIGHT`` where memory is what counts.
+way, so of these there are at most ``MAX_IN_FLIGHT``: a further one waits for the first.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from shardopt.comm.collectives import Reduction
+from shardopt.errors import UnsupportedError
 from shardopt.layout import Bucket
 from shardopt.shard import Shard
 
@@ -25,7 +26,7 @@ MAX_IN_FLIGHT = 2
 @dataclass
 class _Flight:
     number: int  # of the bucket
-    staging: Tensor
+    buffer: Tensor  # whose beginning is the staging buffer
     reduction: Reduction
     out: Tensor
     adds: bool
@@ -37,18 +38,17 @@ class ReducedShards:
     Args:
         shard: whose buckets.
         adds: whether a second reduction adds to the first, or takes its place.
-        max_in_flight: how many reductions may be under way; ``None`` for any number.
         looks: whether to look for what is not finite (on a CPU, where looking does not wait).
     """
 
-    def __init__(self, shard: Shard, *, adds: bool, max_in_flight: int | None, looks: bool):
+    def __init__(self, shard: Shard, *, adds: bool, looks: bool):
         self._shard = shard
-        self._adds, self._max_in_flight, self._looks = adds, max_in_flight, looks
+        self._adds, self._looks = adds, looks
         self._means: list[Tensor] = []  # by bucket: (shard_numel,)
         self._filled: set[int] = set()
         self._flights: deque[_Flight] = deque()
         self._free: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        self.nonfinite: tuple[int, int] | None = None  # index of a parameter, and whose it was
+        self._nonfinite: dict[int, tuple[int, int]] = {}  # by bucket: a parameter, and whose it was
 
     def extend(self) -> None:
         """Make room for the buckets that the shard has got."""
@@ -63,19 +63,48 @@ class ReducedShards:
         """Whether nothing has been reduced since ``clear``."""
         return not self._filled
 
+    def refuse(self, gradients: Mapping[int, Tensor]) -> None:
+        """Refuse what cannot be reduced, before anything of its bucket is sent.
+
+        Raises:
+            UnsupportedError: one has a graph, or another dtype than its parameter.
+        """
+        for index, gradient in gradients.items():
+            name, dtype = self._shard.names[index], self._shard.parameters[index].dtype
+            if gradient.requires_grad and self._adds:
+                raise UnsupportedError(
+                    f"parameter {name!r}: backward(create_graph=True) is not supported with "
+                    "gradients='sharded', which frees the gradient; use torch.autograd.grad, or "
+                    "gradients='local' or 'replicated'"
+                )
+            if gradient.dtype != dtype:
+                raise UnsupportedError(
+                    f"parameter {name!r}: expected a gradient of {dtype}, got {gradient.dtype}; "
+                    "use gradients='replicated'"
+                )
+
+    @property
+    def nonfinite(self) -> tuple[int, int] | None:
+        """The index of a parameter whose mean is not finite, and the rank that brought it, or -1.
+
+        Known where looking does not wait.
+        """
+        return self._nonfinite[min(self._nonfinite)] if self._nonfinite else None
+
     def launch(self, number: int, gradients: Mapping[int, Tensor]) -> None:
         """Copy ``gradients`` (parameter index -> tensor) and start to reduce a bucket."""
-        limit = self._max_in_flight
-        while any(flight.number == number for flight in self._flights) or (
-            limit is not None and len(self._flights) >= limit
-        ):
+        while len(self._flights) >= MAX_IN_FLIGHT or any(f.number == number for f in self._flights):
             self._land()
         bucket = self._shard.layout.buckets[number]
-        staging = self._stage(number, bucket, gradients)
+        buffer = self._take_buffer(number, bucket)
+        staging = buffer[: bucket.numel]
+        self._fill(staging, bucket, gradients)
         mean, adds = self._means[number], self._adds and number in self._filled
         out = torch.empty_like(mean) if adds else mean
+        if not adds:
+            self._nonfinite.pop(number, None)
         reduction = self._shard.collectives.reduce_scatter(staging, bucket.borders, out)
-        self._flights.append(_Flight(number, staging, reduction, out, adds))
+        self._flights.append(_Flight(number, buffer, reduction, out, adds))
         self._filled.add(number)
 
     def wait(self) -> None:
@@ -87,7 +116,7 @@ class ReducedShards:
         """Forget all means, once nothing is under way any more."""
         self.wait()
         self._filled.clear()
-        self.nonfinite = None
+        self._nonfinite.clear()
 
     def tensors(self) -> list[Tensor]:
         """The means that are there, each ``(shard_numel,)``."""
@@ -102,16 +131,8 @@ class ReducedShards:
         start = self._shard.layout.buckets[number].borders[self._shard.collectives.rank]
         return self._means[number].as_strided(tensor.shape, tensor.stride(), segment.start - start)
 
-    def _stage(self, number: int, bucket: Bucket, gradients: Mapping[int, Tensor]) -> Tensor:
-        """A bucket of gradients, with zeros where there is none."""
-        device = self._shard.buffers.buckets[number].device
-        free = self._free.setdefault((bucket.dtype, device), [])
-        fit = [i for i, buffer in enumerate(free) if buffer.numel() == bucket.numel]
-        staging = (
-            free.pop(fit[0])
-            if fit
-            else self._shard.collectives.allocate(bucket.numel, bucket.dtype, device)
-        )
+    def _fill(self, staging: Tensor, bucket: Bucket, gradients: Mapping[int, Tensor]) -> None:
+        """Copy gradients to where they lie in their bucket, with zeros where there is none."""
         for start, stop in bucket.gaps:
             staging[start:stop].zero_()
         targets, sources = [], []
@@ -127,32 +148,45 @@ class ReducedShards:
                 sources.append(gradient)
         if targets:
             torch._foreach_copy_(targets, sources)
-        return staging
+
+    def _take_buffer(self, number: int, bucket: Bucket) -> Tensor:
+        """A buffer that is free, and large enough for any bucket of its kind."""
+        buffers = self._shard.buffers.buckets
+        key = bucket.dtype, buffers[number].device
+        free = self._free.setdefault(key, [])
+        fit = next((i for i, buffer in enumerate(free) if buffer.numel() >= bucket.numel), None)
+        if fit is not None:
+            return free.pop(fit)
+        largest = max(buffer.numel() for buffer in buffers if (buffer.dtype, buffer.device) == key)
+        return self._shard.collectives.allocate(largest, *key)
 
     def _land(self) -> None:
         """Take in the reduction that was started first."""
         flight = self._flights.popleft()
         flight.reduction.wait()
-        if self._looks and flight.out.device.type == "cpu" and self.nonfinite is None:
-            self._look(flight)
         if flight.adds:
             self._means[flight.number].add_(flight.out)
-        key = (flight.staging.dtype, flight.staging.device)
-        free = self._free.setdefault(key, [])
-        free.append(flight.staging)
-        del free[:-MAX_IN_FLIGHT]
+        looks = self._looks and flight.out.device.type == "cpu"
+        if looks and flight.number not in self._nonfinite:
+            self._look(flight)
+        self._free[flight.buffer.dtype, flight.buffer.device].append(flight.buffer)
 
     def _look(self, flight: _Flight) -> None:
         """Note which parameter's mean is not finite, and from which rank that comes."""
-        if not flight.out.numel() or torch.linalg.vector_norm(flight.out, torch.inf).isfinite():
+        mean = self._means[flight.number]
+        if not mean.numel() or torch.linalg.vector_norm(mean, torch.inf).isfinite():
             return
         bucket = self._shard.layout.buckets[flight.number]
         rank = self._shard.collectives.rank
         for segment in bucket.segments(rank):
             start = segment.start - bucket.borders[rank]
             part = slice(start, start + segment.numel)
-            if not flight.out[part].isfinite().all():
+            if not mean[part].isfinite().all():
                 rows = flight.reduction.rows
                 bad = [] if rows is None else (~rows[:, part].isfinite()).any(1).nonzero().tolist()
-                self.nonfinite = (segment.parameter, bad[0][0] if bad else -1)
+                first = self._shard.collectives.replica * len(rows) if rows is not None else 0
+                self._nonfinite[flight.number] = (
+                    segment.parameter,
+                    first + bad[0][0] if bad else -1,
+                )
                 return

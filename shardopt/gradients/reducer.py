@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -10,13 +12,21 @@ from torch import Tensor
 from shardopt.errors import GradientError
 from shardopt.gradients import norms
 from shardopt.gradients.base import Facts, Gradients
-from shardopt.gradients.report import Report, Verdict, exchange, from_bits, judge, to_bits
+from shardopt.gradients.report import (
+    Report,
+    Verdict,
+    exchange,
+    from_bits,
+    judge,
+    refuse_lost,
+    to_bits,
+)
 from shardopt.gradients.rounds import Rounds
 from shardopt.guard import agree, digest
 from shardopt.policies import Guards
 from shardopt.shard import Shard
 
-_ALIKE = "set options, and call step() and clip_grad_norm_(), alike on every rank"
+_ALIKE = "set options, and call backward(), step() and clip_grad_norm_(), alike on every rank"
 
 
 class Reducer(Gradients):
@@ -45,19 +55,26 @@ class Reducer(Gradients):
         """See the base class."""
         return self._rounds.paused()
 
-    def settle(self, norm_type: float | None = None) -> Verdict:
-        """See the base class."""
+    def settle(self, norm_type: float | None = None, **said: object) -> Verdict:
+        """See the base class.
+
+        Args:
+            norm_type: the order of the norm that the verdict is to tell; ``None`` for none.
+            said: what else the user said, on which ranks must agree.
+        """
         if known := self._known(norm_type):
             return known
         self._rounds.abandon()
-        reports, powers = self._exchange(norm_type)
-        while any(report.rounds != self._rounds.num_rounds for report in reports):
-            self._rounds.close()
-            reports, powers = self._exchange(norm_type)
-        if len({report.facts for report in reports}) > 1:
-            agree(self.shard.collectives, self.facts(norm_type), _ALIKE)
-        trained = [i for i, p in enumerate(self.shard.parameters) if p.requires_grad]
-        verdict = judge(reports, powers, self.shard.names, trained, self.guards)
+        reports, powers = self._exchange(norm_type, said)
+        self._refuse_uneven(reports, norm_type, said)
+        everything = False  # the first round may end one that is half-way on some ranks
+        while any(report.more for report in reports):
+            self._rounds.close(everything=everything)
+            reports, powers = self._exchange(norm_type, said)
+            everything = True
+        self._rounds.follow_training()
+        verdict = judge(reports, powers, self.shard.names, self.guards)
+        self._rounds.means.wait()
         self._settled = norm_type, self._rounds.num_changes, verdict
         return verdict
 
@@ -87,7 +104,7 @@ class Reducer(Gradients):
 
     def clip_norm(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
         """See the base class."""
-        total = norms.total_norm(self.settle(norm_type).powers, norm_type)
+        total = norms.total_norm(self.settle(norm_type, max_norm=max_norm).powers, norm_type)
         if error_if_nonfinite and not total.isfinite():
             raise GradientError(
                 f"the total norm of order {norm_type} of the gradients is {float(total)}, so they "
@@ -97,35 +114,80 @@ class Reducer(Gradients):
         factor = norms.clip_factor(total, max_norm)
         for tensor in self._rounds.means.tensors():
             tensor.mul_(factor.to(tensor.device, non_blocking=True))
+        self._forget_norm()
         double = any(parameter.dtype is torch.float64 for parameter in self.shard.parameters)
         return total if double else total.float()
 
     def clip_value(self, clip_value: float) -> None:
         """See the base class."""
-        self.settle()
+        self.settle(None, clip_value=clip_value)
         for tensor in self._rounds.means.tensors():
             tensor.clamp_(-clip_value, clip_value)
+        self._forget_norm()
+
+    def unscale(self, inverse: Tensor, found: Tensor) -> None:
+        """See the base class."""
+        self.settle()
+        for tensor in self._rounds.means.tensors():
+            device = tensor.device
+            torch._amp_foreach_non_finite_check_and_unscale_(
+                [tensor], here := found.to(device), inverse.to(device)
+            )
+            found.copy_(torch.maximum(found, here.to(found.device)))
+        self._forget_norm()
+
+    def _forget_norm(self) -> None:
+        """Gradients have been scaled: what ranks agreed on holds, but for the norm."""
+        if self._settled is not None:
+            self._settled = None, *self._settled[1:]
 
     # -- what ranks tell one another -----------------------------------------------------------
 
-    def _exchange(self, norm_type: float | None) -> tuple[list[Report], Tensor]:
-        """Every rank's report, once all reductions have ended here."""
-        self._rounds.means.wait()
+    def _exchange(
+        self, norm_type: float | None, said: Mapping[str, object]
+    ) -> tuple[list[Report], Tensor]:
+        """Every rank's report, and its sum of powers."""
+        if norm_type is not None or self.guards.nonfinite != "ignore":
+            self._rounds.means.wait()
         tensors = self._rounds.means.tensors() if norm_type is not None else []
         power = norms.power_sum(tensors, norm_type or 1.0, self._device)
         index, source = self._find_nonfinite()
+        flags = [parameter.requires_grad for parameter in self.shard.parameters]
+        missing = [i for i, flag in enumerate(flags) if flag and i not in self._rounds.present]
         report = Report(
-            rounds=self._rounds.num_rounds + self._rounds.has_more(),
+            rounds=self._rounds.num_rounds,
             lost=self._rounds.num_lost,
-            facts=digest(self.facts(norm_type)),
+            facts=digest({**self.facts(norm_type), **said, "trained": crc32(bytes(flags))}),
+            more=int(self._rounds.has_more()),
+            missing=missing[0] + 1 if missing else 0,
+            num_missing=len(missing),
             changed=self._rounds.changed(),
             nonfinite=index + 1,
             source=source + 1,
-            power=to_bits(float(power)) if self._device.type == "cpu" else 0,
+            power=to_bits(float(power)) if _is_host(self._device) else 0,
             present=frozenset(self._rounds.present),
         )
         reports = exchange(self.shard.collectives, report, len(self.shard.parameters))
         return reports, self._all_powers(reports, power)
+
+    def _refuse_uneven(
+        self, reports: Sequence[Report], norm_type: float | None, said: Mapping[str, object]
+    ) -> None:
+        """Raise on every rank if they do not stand at the same point of the same program.
+
+        First bring all to the same number of rounds, so that every reduction ends.
+        """
+        num_rounds = self._rounds.num_rounds
+        if len({(report.rounds, report.lost) for report in reports}) > 1:
+            for _ in range(max(report.rounds for report in reports) - num_rounds):
+                self._rounds.close(lost=True)
+            self._rounds.tear()
+        refuse_lost(reports, self.shard.names)
+        if len({(report.facts, report.rounds) for report in reports}) > 1:
+            pairs = zip(self.shard.names, self.shard.parameters, strict=True)
+            training = {f"requires_grad of {name!r}": p.requires_grad for name, p in pairs}
+            facts = {**self.facts(norm_type), **said, "the number of backward passes": num_rounds}
+            agree(self.shard.collectives, facts | training, _ALIKE)
 
     @property
     def _device(self) -> torch.device:
@@ -135,8 +197,9 @@ class Reducer(Gradients):
 
     def _all_powers(self, reports: list[Report], power: Tensor) -> Tensor:  # (world_size,)
         """Every rank's sum of powers: out of the reports, or without waiting for the device."""
-        if self._device.type == "cpu":
-            powers = [from_bits(report.power) for report in reports]
+        if _is_host(self._device):
+            one_copy = reports[: self.shard.collectives.world_size]
+            powers = [from_bits(report.power) for report in one_copy]
             return torch.tensor(powers, dtype=torch.float64, device="cpu")
         collectives = self.shard.collectives
         gathered = collectives.allocate(collectives.world_size, torch.float64, self._device)
@@ -149,10 +212,15 @@ class Reducer(Gradients):
         if (
             self.guards.nonfinite == "ignore"
             or self._rounds.means.nonfinite
-            or self._device.type == "cpu"
+            or _is_host(self._device)
         ):
             return self._rounds.means.nonfinite or (-1, -1)
         segments = {index: self._rounds.means.of(index) for index in self.shard.segments}
         held = {index: tensor for index, tensor in segments.items() if tensor is not None}
         number = int(norms.first_nonfinite(list(held.values()), self._device))  # waits for the GPU
         return ([*held][number - 1] if number else -1), -1
+
+
+def _is_host(device: torch.device) -> bool:
+    """Whether a number can be read without waiting for an accelerator."""
+    return device.type == "cpu"

@@ -35,7 +35,7 @@ class Replicated(Gradients):
         reports = exchange(self.shard.collectives, report, len(parameters))
         if len({report.facts for report in reports}) > 1:
             agree(self.shard.collectives, self.facts(None), "call step() alike on every rank")
-        return judge(reports, powers, self.shard.names, [], self.guards)
+        return judge(reports, powers, self.shard.names, self.guards)
 
     def of(self, index: int) -> Tensor | None:
         """See the base class."""

@@ -1,7 +1,7 @@
 """What each rank says of its gradients before a step, and what all ranks make of it.
 
 [Note: Agreement] One small all-gather a step: every rank has every report and judges them alike,
-in rank order, so that all go on, all skip, or all raise. A report has ``8 + P / 62`` words of 64
+in rank order, so that all go on, all skip, or all raise. A report has ``11 + P / 62`` words of 64
 bits for ``P`` parameters.
 """
 
@@ -27,9 +27,12 @@ _BITS = 62  # of a word that stand for parameters: the sign is left alone
 class Report:
     """What one rank says. Parameters are named by index + 1, with 0 for none."""
 
-    rounds: int  # of reductions that it has taken part in, or wants to
+    rounds: int  # of reductions that it has taken part in
     lost: int  # of these, those whose backward an exception has ended
     facts: int  # hash of the steps taken, the options, and what it is about to do
+    more: int = 0  # whether it has gradients that want another round
+    missing: int = 0  # the first parameter that is trained and has no gradient here
+    num_missing: int = 0
     changed: int = 0  # a parameter whose gradient was changed after it was sent; -1: one was lost
     nonfinite: int = 0  # a parameter whose mean gradient is not finite
     source: int = 0  # the rank that brought it, plus 1
@@ -77,7 +80,6 @@ def judge(
     reports: Sequence[Report],
     powers: Tensor,  # (world_size,)
     names: Sequence[str],  # of the parameters
-    trained: Sequence[int],  # indices of those that want a gradient
     guards: Guards,
 ) -> Verdict:
     """The verdict that every rank comes to.
@@ -85,14 +87,18 @@ def judge(
     Raises:
         GradientError: on every rank.
     """
-    _refuse_lost(reports, names)
     present = frozenset[int]().union(*(report.present for report in reports))
     if present and not guards.find_unused_parameters:
-        _refuse_unused(reports, names, trained)
+        _refuse_unused(reports, names)
     return Verdict(present, _skips(reports, names, guards), powers)
 
 
-def _refuse_lost(reports: Sequence[Report], names: Sequence[str]) -> None:
+def refuse_lost(reports: Sequence[Report], names: Sequence[str]) -> None:
+    """Refuse means that an exception or a late change has spoilt on any rank.
+
+    Raises:
+        GradientError: on every rank.
+    """
     for rank, report in enumerate(reports):
         if report.changed > 0:
             raise GradientError(
@@ -103,9 +109,9 @@ def _refuse_lost(reports: Sequence[Report], names: Sequence[str]) -> None:
             )
         if report.changed < 0:
             raise GradientError(
-                f"an exception ended a backward() on rank {rank} while gradients were being "
-                "accumulated, and a part of its gradients is added already; call "
-                "optimizer.zero_grad() and repeat all backward passes of this step"
+                f"an exception ended a backward() while gradients were accumulated, or on some "
+                f"ranks only, and what rank {rank} has of the mean is of no use; call "
+                "optimizer.zero_grad() and repeat all backward passes of this step on every rank"
             )
     if len({report.lost for report in reports}) > 1:
         lost = [report.lost for report in reports]
@@ -115,20 +121,20 @@ def _refuse_lost(reports: Sequence[Report], names: Sequence[str]) -> None:
         )
 
 
-def _refuse_unused(reports: Sequence[Report], names: Sequence[str], trained: Sequence[int]) -> None:
+def _refuse_unused(reports: Sequence[Report], names: Sequence[str]) -> None:
     for rank, report in enumerate(reports):
-        if missing := [names[index] for index in trained if index not in report.present]:
-            more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        if report.missing:
+            more = f" and {report.num_missing - 1} more" if report.num_missing > 1 else ""
             raise GradientError(
                 f"expected a gradient for every parameter, got none on rank {rank} for "
-                f"{', '.join(map(repr, missing[:4]))}{more}; let every parameter take part in the "
+                f"{names[report.missing - 1]!r}{more}; let every parameter take part in the "
                 "loss on every rank, freeze it with requires_grad_(False), or pass "
                 "guards=Guards(find_unused_parameters=True)"
             )
 
 
 def _skips(reports: Sequence[Report], names: Sequence[str], guards: Guards) -> bool:
-    for report in reports:
+    for report in sorted(reports, key=lambda report: report.source == 0):
         if report.nonfinite and guards.nonfinite != "ignore":
             name = names[report.nonfinite - 1]
             where = f"rank {report.source - 1}" if report.source else "a rank"

@@ -5,7 +5,7 @@
 - A bucket starts when every parameter of it has its gradient and all buckets before it have
   started. What has not started when backward ends starts then, with what there is.
 - Launch order is law: a round is never left half-way. If an exception ends a backward, the rest
-  of its round is launched before anything else, and what it reduced is thrown away.
+  of its round is launched before anything else, with zeros, and what it reduced is thrown away.
 - What arrives outside of a round (a second gradient of a parameter in one backward, as reentrant
   checkpointing produces, or one that the user assigns) goes in a round that all ranks agree on in
   ``settle``.
@@ -18,15 +18,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from weakref import ref
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable
 from torch.autograd.function import BackwardCFunction
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import TensorWeakRef
 
-from shardopt.errors import UnsupportedError
-from shardopt.gradients.reduced_shards import MAX_IN_FLIGHT, ReducedShards
+from shardopt.gradients.reduced_shards import ReducedShards
+from shardopt.gradients.torch_clip import watch
 from shardopt.shard import Shard
 
 
@@ -49,40 +51,61 @@ class Rounds:
 
     def __init__(self, shard: Shard, *, keeps: bool, looks: bool):
         self._shard, self._keeps = shard, keeps
-        in_flight = None if keeps else MAX_IN_FLIGHT
-        self.means = ReducedShards(shard, adds=not keeps, max_in_flight=in_flight, looks=looks)
+        self.means = ReducedShards(shard, adds=not keeps, looks=looks)
         self.present: set[int] = set()
         self.num_rounds = self.num_lost = self.num_changes = 0
-        self._hooked: set[int] = set()
+        self._handles: dict[int, RemovableHandle] = {}  # id of a parameter -> its hook
         self._paused = False
-        self._task: int | None = None  # the backward that has not ended yet
+        self._tasks: set[int] = set()  # of autograd: the backward under way, those within it
+        self._aborted = False  # an exception has ended it
         self._next: int | None = None  # the bucket to launch next; ``None`` between rounds
+        self._trained: set[int] = set()  # numbers of buckets
         self._missing: list[int] = []  # by bucket: parameters that have not got their gradient
         self._arrived: set[int] = set()
         self._streams: set[torch.cuda.Stream] = set()
-        # Where .grad stays: where it lay when it was sent and its version; what has got more since.
-        self._sent: dict[int, tuple[int, int]] = {}
+        # Where .grad stays: what was sent and its version; what has got more since.
+        self._sent: dict[int, tuple[TensorWeakRef, int]] = {}
         self._late: set[int] = set()
         self._began_empty = True
         self._torn = False  # a lost round has added to the means
+        _ALIVE.add(self)
+        if not keeps:
+            watch(self)
 
     # -- hooks ---------------------------------------------------------------------------------
 
     def extend(self) -> None:
         """The shard has new parameters."""
         self.means.extend()
+        self.follow_training()
         self.hook()
 
-    def hook(self) -> None:
-        """Hear of every parameter that wants a gradient; one may want it from now on only."""
-        for index, parameter in enumerate(self._shard.parameters):
-            if index not in self._hooked and parameter.requires_grad:
-                hook = partial(_call, ref(self), index)
-                parameter.register_post_accumulate_grad_hook(hook)
-                self._hooked.add(index)
+    def follow_training(self) -> None:
+        """Ranks agree on which parameters are trained: rounds reduce the buckets of these."""
+        self._trained = {
+            number
+            for number, bucket in enumerate(self._shard.layout.buckets)
+            if any(self._shard.parameters[slot.parameter].requires_grad for slot in bucket.slots)
+        }
 
-    def receive(self, index: int, parameter: Tensor) -> None:
+    def hook(self) -> None:
+        """Hear of every parameter that wants a gradient; one may want it from now on only.
+
+        Nobody else hears of it any more: an optimizer that another one takes the place of may live
+        on for a while, on some ranks.
+        """
+        for index, parameter in enumerate(self._shard.parameters):
+            if id(parameter) in self._handles or not parameter.requires_grad:
+                continue
+            for other in _ALIVE:
+                if handle := other._handles.get(id(parameter)):
+                    handle.remove()
+            hook = partial(_call, ref(self), index)
+            self._handles[id(parameter)] = parameter.register_post_accumulate_grad_hook(hook)
+
+    def on_gradient(self, index: int, parameter: Tensor) -> None:
         """Autograd has added to a parameter's gradient."""
+        self.num_changes += 1
         if self._paused:
             if index in self._sent:
                 self._late.add(index)
@@ -104,19 +127,27 @@ class Rounds:
             self._launch()
 
     def _enter_backward(self) -> None:
-        """Note the end of this backward, and whether the one before has had one."""
+        """Arrange to hear of the end of this backward, whatever ends it."""
         task = torch._C._current_graph_task_id()
-        if task == self._task or _is_nested():
+        if task in self._tasks:
             return
-        self.num_changes += 1
         self.abandon()
-        self._task = task
-        Variable._execution_engine.queue_callback(partial(self._leave_backward, task))
+        self._tasks.add(task)
+        Variable._execution_engine.queue_callback(_End(self, task, nested=_is_nested()))
 
-    def _leave_backward(self, task: int) -> None:
-        if task == self._task:
-            self._task = None
+    def leave_backward(self, task: int, nested: bool) -> None:
+        """A backward has ended well."""
+        if task in self._tasks and not nested:
+            self._tasks.clear()
             self.close()
+
+    def abort_backward(self, task: int) -> None:
+        """An exception has ended a backward. What it leaves in ``.grad`` is not to be added to."""
+        if task in self._tasks:
+            self._aborted = True
+            if not self._keeps:  # else .grad is the user's to put right, as in torch
+                for parameter in self._shard.parameters:
+                    parameter.grad = None
 
     # -- rounds --------------------------------------------------------------------------------
 
@@ -128,31 +159,31 @@ class Rounds:
             for bucket in self._shard.layout.buckets
         ]
 
-    def close(self) -> None:
-        """Launch what has not been launched in this round."""
+    def close(self, *, lost: bool = False, everything: bool = False) -> None:
+        """Launch the rest of a round: zeros if it is lost, and untrained buckets if everything."""
         if self._next is None:
             self._open()
         while self._next is not None and self._next < len(self._shard.layout.buckets):
-            self._launch()
+            self._launch(lost, everything)
         self._next = None
         self.num_rounds += 1
 
-    def _launch(self) -> None:
-        """Reduce the next bucket, unless none of its parameters is trained."""
+    def _launch(self, lost: bool = False, everything: bool = False) -> None:
+        """Reduce the next bucket, unless ranks have agreed that nothing in it is trained."""
         assert self._next is not None
-        number, self._next = self._next, self._next + 1
+        number = self._next
         members = [slot.parameter for slot in self._shard.layout.buckets[number].slots]
         parameters = {index: self._shard.parameters[index] for index in members}
-        gradients = {i: p.grad for i, p in parameters.items() if p.grad is not None}
+        gradients = {i: p.grad for i, p in parameters.items() if p.grad is not None and not lost}
+        self.means.refuse(gradients)
+        self._next += 1
         if self._keeps:  # the mean of what .grad holds now takes the place of the one before
             self.present.difference_update(members)
             self._late.difference_update(members)
             for index in members:
                 self._sent.pop(index, None)
-        if not gradients and not any(p.requires_grad for p in parameters.values()):
+        if number not in self._trained and not everything:
             return
-        for index, gradient in gradients.items():
-            self._check(index, gradient)
         for stream in self._streams:  # every producer of a gradient (DeepSpeed#8061)
             torch.cuda.current_stream(stream.device).wait_stream(stream)
         self._streams.clear()
@@ -161,35 +192,19 @@ class Rounds:
         self.present.update(gradients)
         for index, gradient in gradients.items():
             if self._keeps:
-                self._sent[index] = _mark(gradient)
+                self._sent[index] = TensorWeakRef(gradient), gradient._version
             else:
                 parameters[index].grad = None
 
-    def _check(self, index: int, gradient: Tensor) -> None:
-        name, dtype = self._shard.names[index], self._shard.parameters[index].dtype
-        if gradient.requires_grad and not self._keeps:
-            raise UnsupportedError(
-                f"parameter {name!r}: backward(create_graph=True) is not supported with "
-                "gradients='sharded', which frees the gradient; use torch.autograd.grad, or "
-                "gradients='local' or 'replicated'"
-            )
-        if gradient.dtype != dtype:
-            raise UnsupportedError(
-                f"parameter {name!r}: expected a gradient of {dtype}, got {gradient.dtype}; use "
-                "gradients='replicated'"
-            )
-
     def abandon(self) -> None:
         """If an exception ended a backward: end its round, and forget what it has reduced."""
-        if self._task is None:
+        if not self._aborted:
             return
         began_empty = self._began_empty
-        self._task = None
+        self._aborted = False
+        self._tasks.clear()
         self.num_lost += 1
-        if not self._keeps:  # else .grad is the user's to put right, as in torch
-            for parameter in self._shard.parameters:
-                parameter.grad = None
-        self.close()
+        self.close(lost=True)
         if not self._keeps and began_empty:
             self.forget()
         elif not self._keeps:
@@ -204,22 +219,40 @@ class Rounds:
         self._torn = False
         self.num_changes += 1
 
+    def tear(self) -> None:
+        """Ranks have not gone through the same rounds: the means are of no use until forgotten."""
+        self._torn, self.num_lost = True, 0
+
     def has_more(self) -> bool:
         """Whether gradients have come, or have been taken away, that the means do not know of."""
         return self._next is not None or any(
-            (parameter.grad is None) == (index in self._sent) or index in self._late
+            self._is_new(index, parameter.grad)
             for index, parameter in enumerate(self._shard.parameters)
         )
+
+    def _is_new(self, index: int, gradient: Tensor | None) -> bool:
+        if index not in self._sent:
+            return gradient is not None
+        return index in self._late or self._sent[index][0]() is not gradient
 
     def changed(self) -> int:
         """A parameter whose gradient has changed since it was sent, plus 1; -1 for a torn mean."""
         if self._torn:
             return -1
-        for index, mark in self._sent.items():
+        for index, (_, version) in self._sent.items():
             gradient = self._shard.parameters[index].grad
-            if gradient is not None and index not in self._late and _mark(gradient) != mark:
+            if gradient is None or self._is_new(index, gradient):
+                continue
+            if gradient._version != version:
                 return index + 1
         return 0
+
+    def name_if_freed(self, parameter: Tensor) -> str | None:
+        """The name of a parameter whose gradient is in the means, and nowhere else."""
+        if not self._shard.holds(parameter):
+            return None
+        index = self._shard.index(parameter)
+        return self._shard.names[index] if index in self.present else None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -231,15 +264,30 @@ class Rounds:
             self._paused = before
 
 
+_ALIVE: WeakSet[Rounds] = WeakSet()
+
+
+class _End:
+    """Autograd calls it at the end of a backward; if an exception ends it, drops it uncalled."""
+
+    def __init__(self, rounds: Rounds, task: int, nested: bool):
+        self._rounds, self._task, self._nested = rounds, task, nested
+        self._called = False
+
+    def __call__(self) -> None:
+        self._called = True
+        self._rounds.leave_backward(self._task, self._nested)
+
+    def __del__(self) -> None:
+        if not self._called:
+            self._rounds.abort_backward(self._task)
+
+
 def _call(rounds: ref[Rounds], index: int, parameter: Tensor) -> None:
     """A hook does not keep the optimizer alive."""
     alive = rounds()
     if alive is not None:
-        alive.receive(index, parameter)
-
-
-def _mark(gradient: Tensor) -> tuple[int, int]:
-    return gradient.data_ptr(), gradient._version
+        alive.on_gradient(index, parameter)
 
 
 def _is_nested() -> bool:

@@ -52,7 +52,7 @@ def _exchange_outlines(shard: Shard, mine: Mapping[Any, State]) -> list[dict[Any
             _check_sendable(state)
             _check_declared(shard, key, state)
         text = pickle.dumps(tree_map_only(Tensor, TensorSpec.of, dict(mine)))
-    outlines = [pickle.loads(rank) for rank in gather_texts(shard.collectives, text)]
+    outlines = [pickle.loads(rank) for rank in gather_texts(shard.collectives.shard_axis, text)]
     _check_whole(shard, outlines)
     return outlines
 

@@ -169,7 +169,7 @@ def _scatter(
     with all_or_none(collectives):
         if brings:
             text = pickle.dumps(tree_map_only(Tensor, TensorSpec.of, content))
-    outline = pickle.loads(broadcast_text(collectives, text, source))
+    outline = pickle.loads(broadcast_text(collectives.shard_axis, text, source))
     options = _broadcast_tree(shard, content[0] if brings else outline[0], source)
     keys = list(outline[1])
     local: dict[Any, State] = {}
@@ -229,7 +229,7 @@ def _broadcast_tree(shard: Shard, tree: Any, source: int) -> Any:
     def share(leaf: Any) -> Tensor:
         message = leaf.empty() if isinstance(leaf, TensorSpec) else leaf.detach()
         message = message.contiguous().to(wire, copy=True)
-        shard.collectives.broadcast(message, source).wait()
+        shard.collectives.shard_axis.broadcast(message, source).wait()
         return message.cpu()
 
     return tree_map_only((Tensor, TensorSpec), share, tree)

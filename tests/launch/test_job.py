@@ -26,7 +26,7 @@ PAIRS = [
 def launch(monkeypatch) -> SimpleNamespace:
     """The modules beside train.py, which finds them because it is run from their folder."""
     monkeypatch.syspath_prepend(str(ROOT / "launch"))
-    names = ("corpus", "gpt", "job", "options", "ranks")
+    names = ("corpus", "gpt", "job", "options", "proof", "ranks")
     return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
@@ -62,6 +62,67 @@ def test_resumed_run_is_the_undisturbed_one(launch, tmp_path, optimizer, schedul
     torch.testing.assert_close(
         again["optimizer"]["state"], whole["optimizer"]["state"], rtol=0, atol=0
     )
+
+
+@pytest.mark.parametrize("gradients", ["replicated", "local", "sharded"])
+def test_run_goes_on_with_gradients_of_another_kind(launch, tmp_path, gradients):
+    """Of one process, unclipped, all kinds have the same bits."""
+    run = job(launch, tmp_path, "--size", "tiny", "--steps", 4, "--save-every", 2, "--clip", 0)
+    assert run.run() is None
+    whole = torch.load(tmp_path / "step-000004.pt", weights_only=True)
+    resume = ("--resume", tmp_path / "step-000002.pt", "--gradients", gradients)
+    resumed = job(launch, tmp_path / "resumed", *resume)
+    assert resumed.options.gradients == gradients
+    assert resumed.run() is None
+    again = torch.load(tmp_path / "resumed" / "step-000004.pt", weights_only=True)
+    torch.testing.assert_close(again["model"], whole["model"], rtol=0, atol=0)
+
+
+def test_file_without_the_kind_of_gradients_goes_on_as_it_was(launch, tmp_path):
+    run = job(launch, tmp_path, "--size", "tiny", "--steps", 2, "--save-every", 1)
+    assert run.run() is None
+    earlier = torch.load(tmp_path / "step-000001.pt", weights_only=True)
+    del earlier["options"]["gradients"], earlier["options"]["clip"]
+    torch.save(earlier, tmp_path / "earlier.pt")
+    options = job(launch, tmp_path, "--resume", tmp_path / "earlier.pt").options
+    assert (options.gradients, options.clip) == ("replicated", 0)
+
+
+@pytest.mark.parametrize("gradients", ["replicated", "local", "sharded"])
+def test_clipping_bounds_a_step(launch, tmp_path, gradients):
+    """SGD moves by at most the learning rate times the norm."""
+    moved = {}
+    for clip in (0, 0.01):
+        names = ("--optimizer", "SGD", "--scheduler", "none", "--lr", 0.5, "--clip", clip)
+        size = ("--size", "tiny", "--steps", 1, "--gradients", gradients)
+        run = job(launch, tmp_path, *size, *names)
+        before = torch.nn.utils.parameters_to_vector(run.model.parameters()).detach().clone()
+        run._train_until(1)
+        after = torch.nn.utils.parameters_to_vector(run.model.parameters()).detach()
+        moved[clip] = float((after - before).norm())
+    assert moved[0] > 0.1
+    assert moved[0.01] == pytest.approx(0.5 * 0.01, rel=1e-3)
+
+
+def test_proof_sees_a_wrong_norm(launch, tmp_path, monkeypatch):
+    run = job(launch, tmp_path, "--size", "tiny", "--steps", 1)
+    clip = run.optimizer.clip_grad_norm_
+    monkeypatch.setattr(run.optimizer, "clip_grad_norm_", lambda most: 1.001 * clip(most))
+    assert "clip_grad_norm_ found a norm of" in run.run()
+
+
+def test_proof_sees_a_wrong_mean(launch, tmp_path, monkeypatch):
+    run = job(launch, tmp_path, "--size", "tiny", "--steps", 1)
+    monkeypatch.setattr(run.ranks.__class__, "mean", lambda ranks, tensor: tensor * 1.000001)
+    assert "elements of" in run.run()
+
+
+def test_rounding_is_allowed_only_where_it_is_said(launch):
+    moved, rounded = torch.full((3,), 2.0), torch.full((3,), 2.0005)
+    assert launch.proof._num_different(moved, rounded, 1e-3) == 0
+    assert launch.proof._num_different(moved, rounded, 1e-4) == 3
+    assert launch.proof._num_different(moved, rounded) == 3
+    assert launch.proof._num_different(moved, torch.full((3,), torch.nan), 1e-3) == 3
 
 
 @pytest.mark.parametrize("kernel", ["auto", "torch"])

@@ -104,13 +104,25 @@ def test_two_ranks_go_on_from_two_ranks(two_ranks, tmp_path):
     assert_same_run(out, tmp_path, tolerance=0)
 
 
+def test_averaged_gradients_are_those_of_ddp(two_ranks, tmp_path):
+    """Two terms have one sum; what differs is the rounding of the norm that clips them."""
+    out, printed = two_ranks
+    assert "gradients  sharded, clipped to a norm of 1" in printed
+    run = out / "step-000003.pt"
+    printed = trained(tmp_path, "--resume", run, "--gradients", "replicated", ranks=2)
+    assert "gradients  replicated" in printed
+    assert_same_run(out, tmp_path, tolerance=TOLERANCE)
+
+
 @pytest.mark.slow
-def test_three_ranks(two_ranks, tmp_path):
+@pytest.mark.parametrize("gradients", ["replicated", "local", "sharded"])
+def test_three_ranks(gradients, two_ranks, tmp_path):
     """They go on from two ranks, and from three without a bit of difference."""
     out, _ = two_ranks
-    trained(tmp_path / "2-3", "--resume", out / "step-000003.pt", ranks=3)
+    kind = ("--gradients", gradients)
+    trained(tmp_path / "2-3", "--resume", out / "step-000003.pt", *kind, ranks=3)
     assert_same_run(out, tmp_path / "2-3", tolerance=TOLERANCE)
-    trained(tmp_path / "3", *TINY, ranks=3)
+    trained(tmp_path / "3", *TINY, *kind, ranks=3)
     assert_same_run(out, tmp_path / "3", tolerance=TOLERANCE)
     trained(tmp_path / "3-3", "--resume", tmp_path / "3" / "step-000003.pt", ranks=3)
     assert_same_run(tmp_path / "3", tmp_path / "3-3", tolerance=0)
@@ -135,6 +147,8 @@ BAD_OPTIONS = {
     "--batch 0": "--batch: expected a whole number of at least 1",
     "--lr nan": "--lr: expected a number above 0, got 'nan'",
     "--weight-decay -0.1": "--weight-decay: expected a number of at least 0",
+    "--gradients shard": "expected one of replicated, local, sharded, got 'shard'; did you mean",
+    "--clip -1": "--clip: expected a number of at least 0, got '-1'",
     "--optimizer Rprop --weight-decay 0.1": "Rprop, which has no such option",
     "--size": "--size: expected one argument",
     "--bathc 3": "unrecognized arguments: --bathc 3; python launch/train.py --help",
@@ -167,6 +181,7 @@ def test_resuming_another_run_gets_one_line(two_ranks, tmp_path):
     (tmp_path / "damaged.pt").write_bytes(run.read_bytes()[:100_000])
     for says, *options in (
         ("--size: expected tiny", "--resume", run, "--size", "small"),
+        ("--clip: expected 1.0, with which", "--resume", run, "--clip", 2),
         ("is none, or is damaged", "--resume", tmp_path / "damaged.pt"),
         ("over which the cosine schedule", "--resume", run, "--steps", 60),
         ("there is nothing left to train", "--resume", out),
@@ -195,5 +210,5 @@ def test_help_needs_no_torch():
         [sys.executable, "-E", "-S", str(SCRIPT), "--help"], capture_output=True, text=True
     )
     assert shown.returncode == 0
-    for option in ("--optimizer", "--scheduler", "--resume", "--kernel"):
+    for option in ("--optimizer", "--scheduler", "--resume", "--gradients", "--clip"):
         assert option in shown.stdout

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from shardopt import ShardedOptimizer
+from tests.each_rank import KINDS, batch, mean_gradients
 from tests.ranks import on_ranks
 from tests.twins import SMALL_BUCKETS, assert_same, make_model
 
@@ -80,4 +81,72 @@ def test_step_is_kept_where_the_kernel_wants_it(options, rank, device):
     give_gradients(ours, theirs, seed=1)
     optimizer.step()
     twin.step()
+    assert_same([p.detach() for p in ours], [p.detach() for p in theirs])
+
+
+@on_ranks(1, backend="nccl")
+@pytest.mark.parametrize("kind", KINDS)
+def test_reducing_clipping_and_stepping_add_no_host_synchronisation(kind, device):
+    model = make_model().to(device)
+    optimizer = ShardedOptimizer(
+        model.parameters(), AdamW, gradients=kind, bucket_cap_mb=SMALL_BUCKETS, fused=True
+    )
+    inputs = batch(0, 0).to(device)
+    for mode in ("default", "error"):  # the first step checks more, and makes state
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            model(inputs).square().mean().backward()
+            optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@on_ranks(2, device="cuda")
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_ranks_own_gradients(kind, device, rank, world_size):
+    ours, theirs = make_model().to(device), make_model().to(device)
+    optimizer = ShardedOptimizer(
+        ours.parameters(), AdamW, gradients=kind, kernel="torch", bucket_cap_mb=SMALL_BUCKETS
+    )
+    twin = AdamW(theirs.parameters())
+
+    def loss(model, step, rank):
+        return model(batch(step, rank).to(device)).square().mean()
+
+    for step in range(3):
+        loss(ours, step, rank).backward()
+        optimizer.step()
+        for parameter, mean in zip(
+            theirs.parameters(), mean_gradients(theirs, step, world_size, loss), strict=True
+        ):
+            parameter.grad = mean
+        twin.step()
+        assert_same([*ours.parameters()], [*theirs.parameters()])
+
+
+@on_ranks(1, backend="nccl")
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_produced_on_several_streams(kind, device):
+    """Each producer is waited for before a bucket is copied (DeepSpeed#8061)."""
+    ours, theirs = ([nn.Parameter(torch.ones(2048, device=device)) for _ in range(4)] for _ in "12")
+    optimizer = ShardedOptimizer(ours, SGD, gradients=kind, kernel="torch", lr=0.1)
+    streams = [torch.cuda.Stream() for _ in ours]
+    for _ in range(3):
+        losses = []
+        for stream, parameter in zip(streams, ours, strict=True):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(10_000_000)
+                losses.append(parameter.square().sum())
+        for stream in streams:
+            torch.cuda.current_stream().wait_stream(stream)
+        torch.stack(losses).sum().backward()
+        optimizer.step()
+    twin = SGD(theirs, lr=0.1)
+    for _ in range(3):
+        twin.zero_grad()
+        torch.stack([parameter.square().sum() for parameter in theirs]).sum().backward()
+        twin.step()
     assert_same([p.detach() for p in ours], [p.detach() for p in theirs])

@@ -24,8 +24,6 @@ REFUSED = {
     # name: (class, options, words of the error)
     "SparseAdam": (SparseAdam, {}, "SparseAdam is not supported yet.* use torch.optim.SparseAdam"),
     "LBFGS": (LBFGS, {}, "LBFGS is not supported yet.* use torch.optim.LBFGS"),
-    "local": (SGD, {"gradients": "local"}, "gradients='local' is not supported yet; use"),
-    "sharded": (SGD, {"gradients": "sharded"}, "gradients='sharded' is not supported yet; use"),
     "compiled": (SGD, {"kernel": "compiled"}, "kernel='compiled' is not supported yet; use"),
     **{
         f"{name} differentiable": (

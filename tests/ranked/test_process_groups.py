@@ -58,13 +58,21 @@ def test_a_mesh_of_one_dimension(world_size):
 
 
 @on_ranks(1, 2, 3)
-def test_a_mesh_of_two_dimensions_is_refused_and_one_of_them_taken(world_size):
+def test_a_mesh_of_two_dimensions_or_one_of_them(world_size):
     mesh = init_device_mesh("cpu", (1, world_size), mesh_dim_names=("replicate", "shard"))
-    match = r"expected a 1-D DeviceMesh, got 2 dimensions \('replicate', 'shard'\); .* mesh\['shard"
-    with pytest.raises(ValueError, match=match):
-        ShardedOptimizer(four(), AdamW, mesh)
+    assert_trains_on(mesh, world_size)
     assert_trains_on(mesh["shard"], world_size)
     assert_trains_on(mesh["replicate"], 1)
+
+
+@on_ranks(1, 2)
+def test_a_mesh_of_three_dimensions_is_refused(world_size):
+    mesh = init_device_mesh("cpu", (1, 1, world_size), mesh_dim_names=("a", "b", "shard"))
+    match = (
+        r"2-D one \(replicate x shard\), got 3 dimensions \('a', 'b', 'shard'\); .* mesh\['shard"
+    )
+    with pytest.raises(ValueError, match=match):
+        ShardedOptimizer(four(), AdamW, mesh)
 
 
 @on_ranks(1, 2, 3)
@@ -75,10 +83,11 @@ def test_collectives_of_the_users_own(world_size):
 
 
 @on_ranks(2, 3)
-def test_optimizers_over_the_same_ranks_share_one_group_beside_the_users():
+def test_optimizers_over_the_same_ranks_share_their_groups_beside_the_users():
     """Communicators cost memory on a GPU; the user's own must stay undisturbed."""
     first, second = (pair(four).optimizer.collectives for _ in range(2))
     assert first._group is second._group is not dist.group.WORLD
+    assert first._messages is second._messages is not first._group
 
 
 @on_ranks(2)

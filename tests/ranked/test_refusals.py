@@ -25,15 +25,13 @@ def linear(**options) -> nn.Linear:
 # -- arguments -------------------------------------------------------------------------------------
 
 ARGUMENTS = {
-    "local gradients": ({"gradients": "local"}, "use gradients='replicated'"),
-    "sharded gradients": ({"gradients": "sharded"}, "use gradients='replicated'"),
     "compiled kernel": ({"kernel": "compiled"}, "use kernel='auto' or 'torch'"),
     "differentiable": ({"differentiable": True}, "use the optimizer class itself"),
     "SparseAdam": ({"optimizer_class": SparseAdam}, "use torch.optim.SparseAdam"),
     "LBFGS": ({"optimizer_class": LBFGS}, "use torch.optim.LBFGS"),
 }
 WRONG_ARGUMENTS = {
-    "gradients": ("mine", ValueError, "expected 'replicated', got 'mine'"),
+    "gradients": ("mine", ValueError, "expected 'replicated' or 'local' or 'sharded', got"),
     "kernel": (7, ValueError, "expected 'auto' or 'torch', got 7"),
     "guards": (True, TypeError, "expected shardopt.Guards, got bool"),
     "bucket_cap_mb": (0, ValueError, "expected a positive number of MiB, got 0"),

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from torch.optim import SGD, AdamW, Optimizer
+from torch import nn
+from torch.optim import SGD, Adagrad, AdamW, Optimizer
 
 from shardopt import ShardedOptimizer
 from tests.pairs import WholeAdamW, comparable, four, pair, random_gradient
@@ -249,3 +250,19 @@ def test_an_error_of_the_closure_changes_nothing():
         trained.optimizer.step(closure)
     assert_same(comparable(trained.optimizer.state_dict()), before)
     trained.train(1)
+
+
+@on_ranks(1, 2)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("optimizer_class", [SGD, AdamW, Adagrad], ids=lambda c: c.__name__)
+def test_auto_moves_parameters_of_16_bits_as_the_loop_does(optimizer_class, dtype):
+    """torch's fused SGD leaves them where they are, on a CPU."""
+    ours, theirs = (nn.Parameter(torch.ones(3000, dtype=dtype)) for _ in range(2))
+    optimizer = ShardedOptimizer([ours], optimizer_class, lr=0.1)
+    twin = optimizer_class([theirs], lr=0.1, foreach=False)
+    for _ in range(3):
+        ours.grad, theirs.grad = torch.ones_like(ours), torch.ones_like(theirs)
+        optimizer.step()
+        twin.step()
+    assert (ours < 0.95).all()
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)

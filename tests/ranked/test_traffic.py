@@ -3,13 +3,17 @@
 import logging
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.optim import AdamW
 
-from shardopt import Guards
+from shardopt import Guards, ShardedOptimizer, update
 from shardopt.comm import Collectives, choose_collectives
+from shardopt.comm.torch_group import TorchCollectives
+from tests.each_rank import KINDS, loss_of
 from tests.pairs import Pair, WholeAdamW, pair, random_parameters
 from tests.ranks import on_ranks
+from tests.twins import SMALL_BUCKETS, make_model
 
 
 class Counted(Collectives):
@@ -23,6 +27,10 @@ class Counted(Collectives):
     def all_gather(self, bucket, borders):
         self.calls.append(("all_gather", bucket.data_ptr()))
         return self.inner.all_gather(bucket, borders)
+
+    def reduce_scatter(self, bucket, borders, out):
+        self.calls.append(("reduce_scatter", bucket.numel()))
+        return self.inner.reduce_scatter(bucket, borders, out)
 
     def all_gather_rows(self, row):
         self.calls.append(("all_gather_rows", row.numel()))
@@ -85,6 +93,133 @@ def test_the_first_step_compares_gradients_by_one_number_each():
     unguarded, calls = counted_pair(guards=Guards(replicas=False))
     rows = [size for name, size in calls_of_a_step(unguarded, calls) if name == "all_gather_rows"]
     assert rows == [failed_before, failed_in_the_class]
+
+
+@on_ranks(1, 2, 3)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("clips", [False, True])
+def test_a_step_reduces_and_gathers_each_bucket_once_and_agrees_once(kind, clips, rank):
+    collectives = Counted(choose_collectives(None))
+    model = make_model()
+    options = {"gradients": kind, "bucket_cap_mb": SMALL_BUCKETS}
+    optimizer = ShardedOptimizer(model.parameters(), AdamW, collectives, **options)
+    buckets = [bucket.numel for bucket in optimizer._shard.layout.buckets]
+    assert len(buckets) > 1
+    for step in range(3):
+        collectives.calls.clear()
+        loss_of(model, step, rank).backward()
+        assert collectives.calls == [("reduce_scatter", numel) for numel in buckets]
+        if clips:
+            optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+        names = [name for name, _ in collectives.calls[len(buckets) :] if step > 0]
+        assert not names or names == ["all_gather_rows"] + ["all_gather"] * len(buckets)
+    agreed = next(size for name, size in collectives.calls if name == "all_gather_rows")
+    assert agreed == 10 + 1, "a report has ten words, and one for up to 62 parameters"
+
+
+@on_ranks(2, 3)
+@pytest.mark.parametrize("kind", ["replicated", *KINDS])
+@pytest.mark.parametrize("optimizer_class", [AdamW, WholeAdamW], ids=lambda c: c.__name__)
+def test_a_gather_starts_as_soon_as_its_bucket_is_updated(kind, optimizer_class, monkeypatch):
+    """Where the class may go bucket by bucket, which is known of torch's own."""
+    collectives = Counted(choose_collectives(None))
+    model = make_model()
+    options = {"gradients": kind, "bucket_cap_mb": SMALL_BUCKETS}
+    optimizer = ShardedOptimizer(model.parameters(), optimizer_class, collectives, **options)
+    step = update._step_without_hooks
+
+    def noting(optim):
+        collectives.calls.append(("update", 0))
+        step(optim)
+
+    monkeypatch.setattr(update, "_step_without_hooks", noting)
+    num_buckets = len(optimizer._shard.layout.buckets)
+    for _ in range(2):
+        loss_of(model, 0, 0).backward()
+        collectives.calls.clear()
+        optimizer.step()
+    names = [name for name, _ in collectives.calls if name in ("update", "all_gather")]
+    separable = optimizer_class is AdamW
+    expected = ["update", "all_gather"] * num_buckets
+    assert names == (expected if separable else ["update", *["all_gather"] * num_buckets])
+
+
+class Waits(TorchCollectives):
+    """Counts who waits for a reduction."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_waits = 0
+
+    def reduce_scatter(self, bucket, borders, out):
+        reduction = super().reduce_scatter(bucket, borders, out)
+        wait = reduction.wait
+
+        def counting():
+            self.num_waits += 1
+            wait()
+
+        reduction.wait = counting
+        return reduction
+
+
+@on_ranks(2, 3)
+@pytest.mark.parametrize("kind", KINDS)
+def test_backward_waits_for_nothing_but_room(kind, rank):
+    """At most two buckets are under way, so the third waits for the first."""
+    model, collectives = make_model(), Waits()
+    options = {"gradients": kind, "bucket_cap_mb": 1e-6}
+    optimizer = ShardedOptimizer(model.parameters(), AdamW, collectives, **options)
+    num_buckets = len(optimizer._shard.layout.buckets)
+    assert num_buckets == 6
+    loss_of(model, 0, rank).backward()
+    assert collectives.num_waits == num_buckets - 2
+    optimizer.step()
+    assert collectives.num_waits == num_buckets
+
+
+@on_ranks(1, 2, 3)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_sync_reduces_once_where_the_full_gradients_are_kept(kind, rank):
+    collectives = Counted(choose_collectives(None))
+    model = make_model()
+    options = {"gradients": kind, "bucket_cap_mb": SMALL_BUCKETS}
+    optimizer = ShardedOptimizer(model.parameters(), AdamW, collectives, **options)
+    collectives.calls.clear()
+    with optimizer.no_sync():
+        loss_of(model, 0, rank).backward()
+        loss_of(model, 1, rank).backward()
+    loss_of(model, 2, rank).backward()
+    rounds = 1 if kind == "local" else 3
+    assert len(collectives.calls) == rounds * len(optimizer._shard.layout.buckets)
+
+
+@on_ranks(1, 2, 3)
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_that_arrive_in_a_step(kind, rank, world_size):
+    """Twice (N-1)/N of the parameters' bytes: gradients, then parameters."""
+    parameter = torch.nn.Parameter(torch.ones(3 * 2 * 1024))  # nothing to pad
+    optimizer = ShardedOptimizer([parameter], AdamW, gradients=kind)
+    arrived = []
+
+    def count(name, received):
+        original = getattr(dist, name)
+
+        def counting(*tensors, **options):
+            arrived.append(received(*tensors, **options))
+            return original(*tensors, **options)
+
+        patch.setattr(dist, name, counting)
+
+    parameter.sum().backward()
+    optimizer.step()
+    with pytest.MonkeyPatch.context() as patch:
+        count("all_to_all_single", lambda out, *_, **__: out.numel() - out.numel() // world_size)
+        count("broadcast", lambda data, group_src, **_: 0 if group_src == rank else data.numel())
+        parameter.sum().backward()
+        optimizer.step()
+    assert sum(arrived) == 2 * (world_size - 1) / world_size * parameter.nbytes
 
 
 @on_ranks(1, 2, 3)

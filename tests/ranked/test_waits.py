@@ -10,14 +10,19 @@ import pytest
 import torch
 from torch.optim import Adafactor, AdamW
 
-from shardopt import ShardedOptimizer
+from shardopt import Guards, ShardedOptimizer
 from shardopt.comm.torch_group import TorchCollectives
+from shardopt.errors import AgreementError
+from shardopt.gradients import reducer
+from tests.each_rank import KINDS, loss_of, mean_gradients
 from tests.ranks import on_ranks
 from tests.twins import SMALL_BUCKETS, assert_same, assert_same_parameters, make_model, train
 
 
 class Deferred:
     """A communication that starts when it is waited for."""
+
+    rows = None
 
     def __init__(self, start):
         self._start = start
@@ -27,11 +32,33 @@ class Deferred:
 
 
 class DeferredCollectives(TorchCollectives):
-    """The same collectives, as late as possible."""
+    """The same collectives, as late as possible. No bucket is gathered twice at a time."""
+
+    def __init__(self, process_group=None):
+        super().__init__(process_group)
+        self.under_way = set()
 
     def all_gather(self, bucket, borders):
-        start = super().all_gather
-        return Deferred(lambda: start(bucket, borders))
+        assert bucket.data_ptr() not in self.under_way
+        self.under_way.add(bucket.data_ptr())
+        gather = super().all_gather
+
+        def start():
+            self.under_way.remove(bucket.data_ptr())
+            return gather(bucket, borders)
+
+        return Deferred(start)
+
+    def reduce_scatter(self, bucket, borders, out):
+        reduce, reduction = super().reduce_scatter, Deferred(None)
+
+        def start():
+            under_way = reduce(bucket, borders, out)
+            reduction.rows = under_way.rows
+            return under_way
+
+        reduction._start = start
+        return reduction
 
     def broadcast(self, tensor, source):
         start = super().broadcast
@@ -71,3 +98,66 @@ def test_everything_waits_for_what_it_uses(optimizer_class, rank):
     train(ours, fresh, 3, 5)
     train(theirs, twin, 3, 5)
     assert_same_parameters(ours, theirs)
+
+
+@on_ranks(2, 3)
+@pytest.mark.parametrize("on_host", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_wait_for_what_they_use(kind, on_host, rank, world_size, monkeypatch):
+    """Norms also as on an accelerator, where they travel by themselves."""
+    monkeypatch.setattr(reducer, "_is_host", lambda device: on_host)
+    ours, theirs = make_model(seed=rank), make_model(seed=0)
+    options = {"kernel": "torch", "bucket_cap_mb": SMALL_BUCKETS, "lr": 0.1}
+    optimizer = ShardedOptimizer(
+        ours.parameters(), AdamW, DeferredCollectives(), gradients=kind, **options
+    )
+    twin = AdamW(theirs.parameters(), lr=0.1)
+    assert_same_parameters(ours, theirs)
+    for step in range(3):
+        loss_of(ours, step, rank).backward()
+        if step > 0:
+            norm = optimizer.clip_grad_norm_(1e9)  # so large that nothing is rounded
+        optimizer.step()
+        means = mean_gradients(theirs, step, world_size)
+        for parameter, mean in zip(theirs.parameters(), means, strict=True):
+            parameter.grad = mean
+        expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1e9)
+        if step > 0:
+            torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0)
+        twin.step()
+        assert_same_parameters(ours, theirs)
+
+
+@on_ranks(2, 3)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_forgotten_has_arrived_before(kind, rank):
+    """A NaN that was under way when gradients were cleared is none of the next step."""
+    model = make_model()
+    optimizer = ShardedOptimizer(
+        model.parameters(),
+        AdamW,
+        DeferredCollectives(),
+        gradients=kind,
+        bucket_cap_mb=SMALL_BUCKETS,
+        guards=Guards(nonfinite="raise"),
+    )
+    (loss_of(model, 0, rank) * float("nan")).backward()
+    optimizer.zero_grad()
+    optimizer.step()  # on no gradients at all
+    loss_of(model, 0, rank).backward()
+    optimizer.step()
+
+
+@on_ranks(2, 3)
+@pytest.mark.parametrize("kind", ["replicated", *KINDS])
+def test_another_lr_on_one_rank_is_named_before_the_step(kind, rank):
+    """With replicated gradients only where ranks speak to one another anyway."""
+    model, guards = make_model(), Guards(nonfinite="skip")
+    optimizer = ShardedOptimizer(model.parameters(), AdamW, gradients=kind, guards=guards)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    loss_of(model, 0, 0 if kind == "replicated" else rank).backward()
+    if rank == 1:
+        optimizer.param_groups[0]["lr"] = 7.0
+    with pytest.raises(AgreementError, match=r"group 0, lr: rank 1 has 7\.0, rank 0 has 0\.001"):
+        optimizer.step()
+    assert_same([parameter.detach() for parameter in model.parameters()], before)

@@ -14,9 +14,9 @@ LEVELS = (
     {"errors", "layout", "policies"},
     {"comm", "algos", "sched"},
     {"buffers", "planner"},
-    {"reducer", "guard", "shard", "local_state", "validation"},
+    {"guard", "shard", "update", "arrivals", "local_state", "validation", "gradients"},
     {"optimizer", "state"},
-    {"checkpoint"},
+    {"checkpoint", "scaler"},
     {"cli", "__main__", "integrations", "compat", "selftest"},
     {"__init__"},
 )

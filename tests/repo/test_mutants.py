@@ -37,15 +37,42 @@ OTHER_OPTION = "test_misuse.py::test_options_that_differ_are_never_saved"
 SCHEDULE = "test_sched.py::test_another_class_on_one_rank_is_named"
 METRIC = "test_sched.py::test_plateau_decides_alike_from_different_metrics"
 
+GRADIENTS = "test_waits.py::test_gradients_wait_for_what_they_use"
+OTHER_LR = "test_waits.py::test_another_lr_on_one_rank_is_named_before_the_step"
+FORGOTTEN = "test_waits.py::test_what_is_forgotten_has_arrived_before"
+LOOKS = "test_overlap.py::test_looking_waits"
+DROPPED = "test_overlap.py::test_changing_a_parameter_and_dropping_the_optimizer_wait"
+TWO_STEPS = "test_overlap.py::test_a_step_waits_for_the_one_before"
+SCALER = "test_scaler.py::test_equals_torchs_scaler_on_the_mean"
+MESH = "test_mesh.py::test_as_on_one_axis_within_rounding"
+MESH_STATE = "test_mesh.py::test_state_is_put_together_in_every_replica_and_loaded_there"
+MESH_START = "test_mesh.py::test_parameters_start_as_those_of_the_first_rank"
+MESH_NAMES = "test_mesh.py::test_what_one_rank_does_is_named_in_every_replica"
+ON_FOUR_RANKS = (SUBGROUPS, MESH, MESH_STATE, MESH_START, MESH_NAMES)
+
 # The beginning of a site's name -> the test; the longest that fits counts.
 KILLERS = {
+    "arrivals.py": LOOKS,
+    "arrivals.py::Arrivals.expect": WAITS,
+    "arrivals.py::Arrivals.__del__": DROPPED,
     "comm/collectives.py": WAITS,
     "comm/collectives.py::gather_texts": TEXTS,
+    "comm/mesh.py": MESH,
+    "comm/mesh.py::MeshCollectives.all_gather_rows": MESH_NAMES,
+    "comm/mesh.py::MeshCollectives.broadcast": MESH_START,
+    "comm/mesh.py::MeshCollectives.send": MESH_STATE,
+    "comm/mesh.py::MeshCollectives.receive": MESH_STATE,
     "comm/torch_group.py": WAITS,
+    "comm/torch_group.py::TorchCollectives.reduce_scatter": GRADIENTS,
+    "comm/torch_group.py::_Reduced": GRADIENTS,
     "comm/torch_group.py::_know_equally_many_groups": SUBGROUPS,
     "comm/transfer.py": WAITS,
     "comm/transfer.py::receive_tensors": PACKED,
     "comm/transfer.py::send_tensors": PACKED,
+    "gradients/": GRADIENTS,
+    "gradients/reduced_shards.py::ReducedShards.clear": FORGOTTEN,
+    "gradients/reducer.py::Reducer._refuse_uneven": OTHER_LR,
+    "gradients/replicated.py::Replicated.settle::agree": OTHER_LR,
     "guard.py::agree::": OTHER_TARGET,
     "guard.py::all_or_none": MISFIT,
     "guard.py::agree_on_values": OTHER_VALUE,
@@ -55,15 +82,18 @@ KILLERS = {
     "optimizer.py::ShardedOptimizer.add_param_group": REFUSED_GROUP,
     "optimizer.py::ShardedOptimizer._build::agree": OTHER_FACT,
     "optimizer.py::ShardedOptimizer._build::all_or_none": PART,
-    "optimizer.py::ShardedOptimizer.load_state_dict": HOOK,
+    "optimizer.py::ShardedOptimizer._build::broadcast": GRADIENTS,
+    "optimizer.py::ShardedOptimizer.__deepcopy__": LOOKS,
+    "optimizer.py::ShardedOptimizer.wait": LOOKS,
     "optimizer.py::ShardedOptimizer._build::agree_on_values": OTHER_VALUE,
     "optimizer.py::ShardedOptimizer._check_first_step::all_or_none": SPARSE,
     "optimizer.py::ShardedOptimizer._check_first_step::agree_on_gradients": OTHER_GRADIENT,
     "optimizer.py::ShardedOptimizer.agree": SCHEDULE,
-    "optimizer.py::ShardedOptimizer.step": REFUSED_STEP,
+    "optimizer.py::ShardedOptimizer.step": TWO_STEPS,
+    "optimizer.py::ShardedOptimizer._update": REFUSED_STEP,
+    "scaler.py": SCALER,
     "sched/agreement.py": SCHEDULE,
     "sched/plateau.py": METRIC,
-    "shard.py": WAITS,
     "state/consolidate.py": WAITS,
     "state/consolidate.py::_exchange_outlines::all_or_none": STUCK,
     "state/load.py": WAITS,
@@ -71,8 +101,11 @@ KILLERS = {
     "state/load.py::load::all_or_none": MISFIT,
     "state/load.py::load::all_or_none#2": CLASS_LOAD,
     "state/load.py::_scatter::all_or_none": UNSENDABLE,
+    "state/methods.py": HOOK,
     "state/snapshot.py": OTHER_TARGET,
     "state/snapshot.py::Snapshot.take::agree#2": OTHER_OPTION,
+    "update.py": WAITS,
+    "update.py::broadcast": GRADIENTS,
 }
 
 
@@ -95,7 +128,7 @@ def test_a_mutant_dies(site):
         "SHARDOPT_TEST_TIMEOUT": "10",
         "OMP_NUM_THREADS": "1",
     }
-    ranks = "ranks4" if killer is SUBGROUPS else "ranks2"
+    ranks = "ranks4" if killer in ON_FOUR_RANKS else "ranks2"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     command += ["-k", ranks, f"tests/ranked/{killer}"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

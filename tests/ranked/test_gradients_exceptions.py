@@ -1,0 +1,165 @@
+"""Exceptions in the middle of a backward, and gradients changed after they were sent."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from shardopt.errors import GradientError, UnsupportedError
+from tests.ranked.test_gradients import Twins, every_kind, random
+from tests.ranked.test_gradients_refused import refuses
+from tests.ranks import on_ranks
+from tests.twins import assert_same, assert_same_parameters
+
+
+class Boom(RuntimeError):
+    pass
+
+
+class _Fuse(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x, blows):
+        context.blows = blows
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        if context.blows:
+            raise Boom
+        return gradient, None
+
+
+def fused_loss(model: nn.Module, seed: int, rank: int, blows: bool = True, reentrant=False):
+    """Backward ends in the middle: of six parameters, two or four have their gradients."""
+    x = random(8, 61, seed=seed, rank=rank).requires_grad_()
+    for number, layer in enumerate(model):
+        recomputed = reentrant and number < 4
+        x = checkpoint(layer, x, use_reentrant=True) if recomputed else layer(x)
+        if number == 1 + seed % 2:
+            x = _Fuse.apply(x, blows)
+    return x.square().mean()
+
+
+@on_ranks(1, 2, 3)
+@pytest.mark.parametrize("cap", [25.0, 1e-4])
+@pytest.mark.parametrize(
+    ("kind", "zero"), [("local", "zero_grad"), ("sharded", "zero_grad"), ("sharded", "nothing")]
+)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_an_exception_in_backward_and_another_try(kind, cap, zero, reentrant, rank, world_size):
+    """Local without ``zero_grad`` is the user's to put right: see the next test."""
+    twins = Twins(kind, rank, world_size).build(ours={"bucket_cap_mb": cap})
+    twins.step(0)
+    for seed in (1, 2, 3):
+        with pytest.raises(Boom):
+            fused_loss(twins.ours, seed, rank, reentrant=reentrant).backward()
+        if zero == "zero_grad":
+            twins.optimizer.zero_grad()
+        twins.step(seed)
+    with pytest.raises(Boom):
+        fused_loss(twins.ours, 4, rank, reentrant=reentrant).backward()
+    twins.optimizer.zero_grad()
+    twins.optimizer.step()  # nothing to do
+    twins.step(5)
+    twins.assert_same_state()
+
+
+@on_ranks(1, 2)
+def test_after_an_exception_grad_is_what_torch_leaves(rank, world_size):
+    """Local: what was accumulated stays, and the next backward adds to it."""
+    twins = Twins("local", rank, world_size).build()
+    for network in (twins.ours, twins.theirs):
+        with pytest.raises(Boom):
+            fused_loss(network, 1, rank).backward()
+        twins.loss(network, 2, rank).backward()
+    for ours, theirs in zip(twins.ours.parameters(), twins.theirs.parameters(), strict=True):
+        assert_same(ours.grad, theirs.grad)
+
+
+@on_ranks(1, 2)
+def test_an_exception_spoils_what_was_accumulated(rank, world_size):
+    """Sharded: a part of it may be in the mean."""
+    twins = Twins("sharded", rank, world_size).build()
+    twins.backward(0)
+    with pytest.raises(Boom):
+        fused_loss(twins.ours, 1, rank).backward()
+    twins.backward(2)
+    for _ in range(2):
+        with refuses(GradientError, "an exception ended a backward()", "zero_grad()"):
+            twins.optimizer.step()
+    twins.optimizer.zero_grad()
+    twins.step(3)
+    twins.assert_same_state()
+
+
+@on_ranks(2, 3)
+@every_kind
+@pytest.mark.parametrize("then", ["step", "again and step", "zero_grad, again and step"])
+def test_an_exception_on_one_rank_ends_the_step_on_all(kind, then, rank, world_size):
+    odd = rank == world_size - 1
+    twins = Twins(kind, rank, world_size).build()
+    twins.step(0)
+    if odd:
+        with pytest.raises(Boom):
+            fused_loss(twins.ours, 1, rank).backward()
+        if then.startswith("zero_grad"):
+            twins.optimizer.zero_grad()
+        if then != "step":
+            twins.backward(1)
+    else:
+        twins.backward(1)
+    for _ in range(2):
+        with refuses(GradientError, "an exception ended a backward()", "zero_grad()"):
+            twins.optimizer.step()
+    assert_same_parameters(twins.ours, twins.theirs)
+    twins.optimizer.zero_grad()
+    twins.step(2)
+    twins.step(3, 4)
+    twins.assert_same_state()
+
+
+# -- changed ---------------------------------------------------------------------------------------
+
+
+@on_ranks(1, 2, 3)
+@pytest.mark.parametrize("who", ["all", "last"])
+def test_a_gradient_changed_after_it_was_sent(who, rank, world_size):
+    twins = Twins("local", rank, world_size).build()
+    twins.backward(0)
+    if who == "all":
+        torch.nn.utils.clip_grad_norm_(twins.ours.parameters(), 1e-3)
+    elif rank == world_size - 1:
+        twins.ours[2].weight.grad.mul_(0.5)
+    words = ("' was changed on rank 0",)
+    if who == "last":
+        words = ("'2.weight' was changed", f"rank {world_size - 1}")
+    for _ in range(2):
+        with refuses(GradientError, *words, "optimizer.clip_grad_norm_"):
+            twins.optimizer.step()
+    assert_same_parameters(twins.ours, twins.theirs)
+    twins.optimizer.zero_grad()
+    with twins.optimizer.no_sync():
+        twins.backward(1)
+        twins.ours[0].weight.grad.mul_(1.0)  # before it is sent, it may change
+    twins.optimizer.step()
+    twins.follow(1)
+
+
+@on_ranks(1, 2)
+@pytest.mark.parametrize("who", ["all", "last"])
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_create_graph_is_refused_where_gradients_are_freed(who, rank, world_size):
+    """On one rank alone, too: what it owes the others it sends, bucket by bucket."""
+    twins = Twins("sharded", rank, world_size).build()
+    if who == "all" or rank == world_size - 1:
+        with refuses(UnsupportedError, "create_graph=True", "torch.autograd.grad", "'local'"):
+            twins.loss(twins.ours, 0, rank).backward(create_graph=True)
+    else:
+        twins.backward(0)
+    if who == "last" and world_size > 1:
+        with refuses(GradientError, "an exception ended a backward()"):
+            twins.optimizer.step()
+    twins.optimizer.zero_grad()
+    twins.step(1)

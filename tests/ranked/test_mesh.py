@@ -1,0 +1,143 @@
+"""A 2-D mesh: shards along one axis, replicas of them along the other."""
+
+import copy
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.optim import SGD, AdamW
+
+from shardopt import Guards, ShardedOptimizer
+from shardopt.comm.mesh import MeshCollectives
+from shardopt.errors import AgreementError, GradientError
+from tests.each_rank import KINDS, loss_of, mean_gradients
+from tests.ranked.test_waits import DeferredCollectives
+from tests.ranks import on_ranks
+from tests.twins import SMALL_BUCKETS, assert_same, make_model
+
+SHAPES = {2: [(2, 1)], 3: [(3, 1)], 4: [(2, 2), (4, 1), (1, 4)]}
+
+
+def on_mesh(model, shape, optimizer_class=AdamW, late=False, **options):
+    """``late``: every communication happens at the last moment allowed."""
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+    if late:
+        shard, replicate = (DeferredCollectives(mesh.get_group(axis)) for axis in (1, 0))
+        mesh = MeshCollectives(shard, replicate)
+    options = {"lr": 0.01, "kernel": "torch", "bucket_cap_mb": SMALL_BUCKETS, **options}
+    return ShardedOptimizer(model.parameters(), optimizer_class, mesh, **options)
+
+
+def train(model, optimizer, first, last, rank):
+    for step in range(first, last):
+        optimizer.zero_grad()
+        loss_of(model, step, rank).backward()
+        optimizer.step()
+
+
+def train_twin(model, twin, first, last, world_size, clip=None):
+    for step in range(first, last):
+        means = mean_gradients(model, step, world_size)
+        for parameter, mean in zip(model.parameters(), means, strict=True):
+            parameter.grad = mean
+        if clip:
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        twin.step()
+    return norm if clip else None
+
+
+def assert_close(ours, theirs):
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
+
+
+def assert_replicas_are_one(model):
+    rows = [torch.empty(0)] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(rows, [p.detach() for p in model.parameters()])
+    for row in rows:
+        assert_same(row, rows[0])
+
+
+@on_ranks(2, 3, 4)
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_on_one_axis_within_rounding(kind, rank, world_size):
+    for shape in SHAPES[world_size]:
+        ours, theirs = make_model(), make_model()
+        late = 1 not in shape
+        optimizer = on_mesh(ours, shape, SGD, late, gradients=kind, momentum=0.9)
+        twin = SGD(theirs.parameters(), lr=0.01, momentum=0.9)
+        train(ours, optimizer, 0, 3, rank)
+        train_twin(theirs, twin, 0, 3, world_size)
+        assert_replicas_are_one(ours)
+        assert_close(ours, theirs)
+        assert optimizer.collectives.world_size == shape[1]
+        held = sum(len(state) for state in optimizer.optim.state.values())
+        assert held < sum(len(s) for s in twin.state.values()) or shape[1] == 1
+
+
+@on_ranks(4)
+def test_replicated_gradients_are_exact():
+    """Every rank brings the same: there is nothing to round."""
+    ours, theirs = make_model(), make_model()
+    optimizer, twin = on_mesh(ours, (2, 2)), AdamW(theirs.parameters(), lr=0.01)
+    train(ours, optimizer, 0, 3, rank=7)
+    train(theirs, twin, 0, 3, rank=7)
+    assert_same([*ours.parameters()], [*theirs.parameters()])
+
+
+@on_ranks(4)
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_is_put_together_in_every_replica_and_loaded_there(kind, rank, world_size):
+    ours, theirs = make_model(), make_model()
+    optimizer = on_mesh(ours, (2, 2), gradients=kind)
+    train(ours, optimizer, 0, 2, rank)
+    optimizer.consolidate_state_dict(to=1)
+    saved = optimizer.state_dict()
+    assert (len(saved["state"]) > 0) == (rank in (1, 3))
+    train(ours, optimizer, 2, 4, rank)
+    theirs.load_state_dict(make_model().state_dict())
+    other = on_mesh(theirs, (2, 2), gradients=kind)
+    train(theirs, other, 0, 2, rank)
+    other.load_state_dict(AdamW(make_model().parameters(), lr=0.3).state_dict())
+    other.load_state_dict(copy.deepcopy(saved) if rank in (1, 3) else None, from_=1)
+    train(theirs, other, 2, 4, rank)
+    assert_same([*ours.parameters()], [*theirs.parameters()])
+
+
+@on_ranks(4)
+@pytest.mark.parametrize("kind", KINDS)
+def test_clipping_counts_each_shard_once(kind, rank, world_size):
+    ours, theirs = make_model(), make_model()
+    optimizer = on_mesh(ours, (2, 2), SGD, gradients=kind)
+    loss_of(ours, 0, rank).backward()
+    norm = optimizer.clip_grad_norm_(1e-3)
+    optimizer.step()
+    twin = SGD(theirs.parameters(), lr=0.01)
+    expected = train_twin(theirs, twin, 0, 1, world_size, clip=1e-3)
+    torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0)
+    assert_close(ours, theirs)
+
+
+@on_ranks(4)
+def test_what_one_rank_does_is_named_in_every_replica(rank):
+    model = make_model()
+    optimizer = on_mesh(model, (2, 2), gradients="sharded", guards=Guards(nonfinite="raise"))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    loss = loss_of(model, 0, rank)
+    (loss * float("nan") if rank == 2 else loss).backward()
+    with pytest.raises(GradientError, match="from rank 2 is not finite"):
+        optimizer.step()
+    assert_same([p.detach() for p in model.parameters()], before)
+    optimizer.zero_grad()
+    loss_of(model, 0, rank).backward()
+    if rank == 3:
+        optimizer.param_groups[0]["lr"] = 7.0
+    with pytest.raises(AgreementError, match=r"group 0, lr: rank 3 has 7\.0, rank 0 has 0\.01"):
+        optimizer.step()
+
+
+@on_ranks(4)
+def test_parameters_start_as_those_of_the_first_rank(rank):
+    model, first = make_model(rank), make_model(0)
+    on_mesh(model, (2, 2), late=True, gradients="local")
+    assert_same([*model.parameters()], [*first.parameters()])
