@@ -111,7 +111,7 @@ class Shard:
                 tensor.requires_grad_(tensor.is_floating_point() or tensor.is_complex())
                 self.segments[segment.parameter] = (segment, tensor)
         for group in groups:
-            self._may_fuse.append(_may_fuse(group["params"], self.algorithm.fused_devices))
+            self._may_fuse.append(_may_fuse(group["params"], self.algorithm))
         try:
             with guard or nullcontext():
                 fresh = self._construct(groups)
@@ -244,6 +244,11 @@ def unique_parameters(groups: Sequence[Group]) -> list[Tensor]:
     return list({id(p): p for group in groups for p in group["params"]}.values())
 
 
-def _may_fuse(parameters: Sequence[Tensor], devices: frozenset[str]) -> bool:
-    """Whether torch's fused kernel takes all of ``parameters``. The same on every rank."""
-    return all(p.is_floating_point() and p.device.type in devices for p in parameters)
+def _may_fuse(parameters: Sequence[Tensor], algorithm: Algorithm) -> bool:
+    """Whether torch's fused kernel is right for all of ``parameters``. The same on every rank."""
+    return all(
+        p.is_floating_point()
+        and p.device.type in algorithm.fused_devices
+        and (p.itemsize >= 4 or p.device.type != "cpu" or algorithm.fuses_16_bits_on_cpu)
+        for p in parameters
+    )

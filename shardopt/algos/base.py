@@ -30,6 +30,7 @@ class Algorithm:
         fused: whether a group of options may use torch's fused kernel when the user leaves the
             choice to us.
         fused_devices: device types on which it may.
+        fuses_16_bits_on_cpu: whether it may there, for bf16 and fp16.
         refusal: why the class cannot be used, or ``None``.
     """
 
@@ -41,6 +42,7 @@ class Algorithm:
     separable: bool = False
     fused: Callable[[Mapping[str, Any]], bool] = lambda group: False
     fused_devices: frozenset[str] = frozenset()
+    fuses_16_bits_on_cpu: bool = True
     refusal: str | None = None
 
     def state_shape(self, name: str, shape: Shape) -> Shape | None:

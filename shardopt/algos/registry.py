@@ -21,7 +21,7 @@ any other                                            TENSOR   its update may rea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -81,16 +81,6 @@ def _column_variance(shape: Shape) -> Shape:
     return (*shape[:-2], 1, shape[-1])
 
 
-def _fused_sgd_is_right(group: Mapping[str, Any]) -> bool:
-    """Whether torch's fused SGD does what its loop does.
-
-    With momentum it fails when a parameter's first gradient comes late. On a CPU it does not move
-    parameters of 16 bits at all (torch 2.13).
-    """
-    wide = all(p.dtype.itemsize >= 4 or p.device.type != "cpu" for p in group["params"])
-    return wide and group["momentum"] == 0
-
-
 _CPU_AND_CUDA = frozenset({"cpu", "cuda"})
 _optim = torch.optim
 
@@ -123,7 +113,10 @@ _know(
     _optim.SGD,
     Atom.ELEMENT,
     per_element=frozenset({"momentum_buffer"}),
-    fused=_fused_sgd_is_right,
+    # With momentum its fused kernel fails when a first gradient comes late; on a CPU it leaves
+    # parameters of 16 bits where they are (torch 2.13).
+    fused=lambda group: group["momentum"] == 0,
+    fuses_16_bits_on_cpu=False,
     fused_devices=_CPU_AND_CUDA,
 )
 _know(
