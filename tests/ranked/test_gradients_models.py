@@ -19,6 +19,8 @@ from tests.ranked.test_gradients import UNUSED, LossOf, Twins, every_kind, rando
 from tests.ranks import on_ranks
 from tests.twins import assert_same, make_model
 
+pytestmark = pytest.mark.slow  # many rows; the bank of test_gradients.py is fast
+
 WIDTH = 40
 BUCKETS = {"one": 25.0, "each": 1e-4}  # MiB
 

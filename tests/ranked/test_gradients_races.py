@@ -19,6 +19,8 @@ from tests.ranked.test_gradients import random as random_tensor
 from tests.ranks import on_ranks
 from tests.twins import assert_same_parameters
 
+pytestmark = pytest.mark.slow  # many rows; the bank of test_gradients.py is fast
+
 LONGEST = 2e-3  # seconds
 
 
