@@ -95,9 +95,14 @@ class Case:
         return self.optimizer_class in (Adafactor, Muon, Lars)
 
     def fuses(self, device: str, dtype: torch.dtype) -> bool:
-        """Whether ``kernel="auto"`` is to choose torch's fused kernel."""
+        """Whether ``kernel="auto"`` is to choose torch's fused kernel.
+
+        torch's fused SGD does not move parameters of 16 bits on a CPU.
+        """
+        stands_still = self.optimizer_class is SGD and dtype.itemsize < 4 and device == "cpu"
         return (
             not self.chooses_kernel
+            and not stands_still
             and device in FUSED_BY_AUTO.get(self.optimizer_class, "").split()
             and dtype.is_floating_point
             and not self.options.get("momentum")
