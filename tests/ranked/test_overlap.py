@@ -1,6 +1,7 @@
 """``overlap_forward``: whoever looks at a parameter after ``step`` sees what it has become."""
 
 import copy
+import gc
 import io
 
 import pytest
@@ -117,6 +118,7 @@ def test_changing_a_parameter_and_dropping_the_optimizer_wait():
                 parameter.add_(1)
         train(model, each, 1, 2)
     del optimizer, each
+    gc.collect()
     assert_same_parameters(ours, theirs)
 
 

@@ -27,7 +27,9 @@ def sharded(model, kind, **options):
 def scaled_step(model, optimizer, scaler, step, rank, clip=None, spoil=False):
     optimizer.zero_grad()
     loss = scaler.scale(forward(model, step, rank))
-    (loss * float("inf") if spoil else loss).backward()
+    if spoil:  # one parameter, so that one rank alone finds it
+        loss = loss + float("inf") * model[4].bias.sum()
+    loss.backward()
     if clip:
         scaler.unscale_(optimizer)
         optimizer.clip_grad_norm_(clip)
@@ -39,7 +41,9 @@ def twin_step(model, optimizer, scaler, step, world_size, clip=None, spoil=False
     scale = scaler.scale(torch.ones(()))
     means = mean_gradients(model, step, world_size, lambda *each: forward(*each) * scale)
     for parameter, mean in zip(model.parameters(), means, strict=True):
-        parameter.grad = mean * float("inf") if spoil else mean
+        parameter.grad = mean
+    if spoil:
+        model[4].bias.grad.fill_(float("inf"))
     if clip:
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
