@@ -6,7 +6,7 @@ waits for all of them; with it the next forward does, module by module:
 - a module waits for its parameters before its ``forward``;
 - whoever takes a parameter out of a module (``module.weight``, ``model.parameters()``,
   ``model.state_dict()``) waits for it, since modules of the model keep them in ``WaitingDict``;
-- the optimizer waits for all of them before it does anything else.
+- the optimizer waits for all of them before its next step.
 """
 
 from __future__ import annotations
@@ -61,9 +61,18 @@ class Arrivals:
         self.wait()  # a model may outlive its optimizer
 
     def overlap(self, model: nn.Module) -> None:
-        """Let ``model`` wait for its parameters, each module for its own."""
+        """Let ``model`` wait for its parameters, each module for its own.
+
+        Raises:
+            ValueError: the model has none of the optimizer's parameters.
+        """
         if any(known() is model for known in self._models):
             return
+        if not any(self._shard.holds(parameter) for parameter in model.parameters()):
+            raise ValueError(
+                f"overlap_forward: expected a model with parameters of this optimizer, got a "
+                f"{type(model).__name__} with none of them; pass the model that it was built for"
+            )
         self._models.append(ref(model))
         for module in model.modules():
             held = module._parameters

@@ -196,7 +196,7 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer):
 
     def _update(self, present: frozenset[int], guarded: bool) -> None:
         """Update this rank's shard, and start to gather a bucket as soon as it is updated."""
-        buckets = update.update(self._shard, self.param_groups, self._gradients.of)
+        buckets = update.update_buckets(self._shard, self.param_groups, self._gradients.of)
         if guarded:  # what a class refuses only when it steps, it refuses where the parameter lies
             with all_or_none(self.collectives):
                 buckets = iter(list(buckets))
@@ -231,7 +231,7 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer):
         """Let the next forward, not ``step``, wait for the updated parameters, module by module.
 
         Whoever takes a parameter out of ``model``, by name or by ``parameters()``, waits for it,
-        and so does all that this optimizer does. Only who holds a parameter since before ``step``
+        and so does the next ``step``. Only who holds a parameter since before ``step``
         and looks at it before the next forward has to call ``wait()`` first.
 
         Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from shardopt.comm.collectives import Handle
 from shardopt.shard import NOT_OPTIONS, Group, Shard
 
 
-def update(
+def update_buckets(
     shard: Shard, groups: Sequence[Group], gradient_of: Callable[[int], Tensor | None]
 ) -> Iterator[int]:
     """One step of the class on this rank's segments, with the options of the user's groups.
@@ -29,24 +28,48 @@ def update(
     Yields:
         The number of each bucket, as soon as it is updated.
     """
+    inner_groups = shard.optim.param_groups
     pushed = [shard.inner_options(number, group) for number, group in enumerate(groups)]
-    for inner, options in zip(shard.optim.param_groups, pushed, strict=True):
+    for inner, options in zip(inner_groups, pushed, strict=True):
         inner.update(options)
-    everything = list(range(len(shard.layout.buckets)))
-    for numbers in [[n] for n in everything] if shard.algorithm.separable else [everything]:
-        with _only(shard, numbers):
-            _step_on(shard, numbers, gradient_of)
-        yield from numbers
-    for group, inner, options in zip(groups, shard.optim.param_groups, pushed, strict=True):
+    if shard.algorithm.separable:
+        whole = [inner["params"] for inner in inner_groups]
+        try:
+            for number, parts in enumerate(_by_bucket(shard)):
+                for inner, tensors in zip(inner_groups, parts, strict=True):
+                    inner["params"] = tensors
+                _step_on(shard, [number], gradient_of)
+                yield number
+        finally:
+            for inner, tensors in zip(inner_groups, whole, strict=True):
+                inner["params"] = tensors
+    else:
+        everything = range(len(shard.layout.buckets))
+        _step_on(shard, everything, gradient_of)
+        yield from everything
+    for group, inner, options in zip(groups, inner_groups, pushed, strict=True):
         for key, value in inner.items():
             if key not in NOT_OPTIONS and (key not in options or value is not options[key]):
                 group[key] = value
 
 
+def _by_bucket(shard: Shard) -> list[list[list[Tensor]]]:
+    """For each bucket, the tensors that each group of the class has there."""
+    numbers = {
+        id(tensor): shard.layout.place(index)[0] for index, (_, tensor) in shard.segments.items()
+    }
+    groups = shard.optim.param_groups
+    parts: list[list[list[Tensor]]] = [[[] for _ in groups] for _ in shard.layout.buckets]
+    for place, group in enumerate(groups):
+        for tensor in group["params"]:
+            parts[numbers[id(tensor)]][place].append(tensor)
+    return parts
+
+
 def _step_on(
-    shard: Shard, numbers: Sequence[int], gradient_of: Callable[[int], Tensor | None]
+    shard: Shard, numbers: Iterable[int], gradient_of: Callable[[int], Tensor | None]
 ) -> None:
-    """Let the class step on the segments of some buckets."""
+    """Let the class step on the gradients of some buckets."""
     rank = shard.collectives.rank
     here = [s.parameter for n in numbers for s in shard.layout.buckets[n].segments(rank)]
     for index in here:
@@ -59,28 +82,6 @@ def _step_on(
     finally:
         for index in here:
             shard.segments[index][1].grad = None
-
-
-@contextmanager
-def _only(shard: Shard, numbers: Sequence[int]) -> Iterator[None]:
-    """Within, the class sees the segments of some buckets only."""
-    if len(numbers) == len(shard.layout.buckets):
-        yield
-        return
-    whole = [group["params"] for group in shard.optim.param_groups]
-    rank = shard.collectives.rank
-    here = {
-        id(shard.segments[segment.parameter][1])
-        for number in numbers
-        for segment in shard.layout.buckets[number].segments(rank)
-    }
-    try:
-        for group in shard.optim.param_groups:
-            group["params"] = [tensor for tensor in group["params"] if id(tensor) in here]
-        yield
-    finally:
-        for group, tensors in zip(shard.optim.param_groups, whole, strict=True):
-            group["params"] = tensors
 
 
 def gather(shard: Shard, numbers: Iterable[int], changed: Iterable[int]) -> dict[int, Handle]:

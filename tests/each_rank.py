@@ -1,24 +1,47 @@
-"""Each rank's own batch of ``make_model()``, and the mean gradient that a plain twin gets."""
+"""What each rank has of its own, and the mean over ranks that a plain twin gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 KINDS = ["local", "sharded"]
 
 
-def batch(step: int, rank: int) -> torch.Tensor:
+def random(*shape: int, seed: int, rank: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Each rank's own, the same at every call."""
-    generator = torch.Generator().manual_seed(1000 * step + rank)
-    return torch.randn(8, 61, generator=generator)
+    generator = torch.Generator().manual_seed(1000 * seed + rank)
+    return torch.randn(shape, generator=generator, dtype=dtype)
 
 
-def loss_of(model: nn.Module, step: int, rank: int) -> torch.Tensor:
-    """Of one rank's batch."""
+def batch(step: int, rank: int) -> Tensor:
+    """For ``make_model()``."""
+    return random(8, 61, seed=step, rank=rank)
+
+
+def loss_of(model: nn.Module, step: int, rank: int) -> Tensor:
+    """Of ``make_model()``, on one rank's batch."""
     return model(batch(step, rank)).square().mean()
 
 
+def mean_of(column: Sequence[Tensor | None]) -> Tensor | None:
+    """The mean over ranks in rank order, in fp32 where elements have 16 bits; absent is zero."""
+    there = [gradient for gradient in column if gradient is not None]
+    if not there:
+        return None
+    dense = [torch.zeros_like(there[0]) if g is None else g for g in column]
+    wide = torch.float32 if there[0].dtype.itemsize == 2 else there[0].dtype
+    rows = [(g if g.layout is torch.strided else g.to_dense()).to(wide) for g in dense]
+    total = rows[0].clone()
+    for row in rows[1:]:
+        total += row
+    return (total / len(rows)).to(there[0].dtype)
+
+
 def mean_gradients(model: nn.Module, step: int, world_size: int, loss=loss_of):
-    """The mean over ranks, summed in rank order as shardopt does."""
+    """Of all parameters of a model, each rank's batch in turn."""
     parameters = [*model.parameters()]
     rows = [torch.autograd.grad(loss(model, step, r), parameters) for r in range(world_size)]
-    return [sum(column[1:], column[0].clone()) / world_size for column in zip(*rows, strict=True)]
+    return [mean_of(column) for column in zip(*rows, strict=True)]

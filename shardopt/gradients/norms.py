@@ -62,12 +62,11 @@ def power_sum(tensors: Sequence[Tensor], norm_type: float, device: torch.device)
 
 def first_nonfinite(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """Which of ``tensors`` is the first with an inf or a NaN, plus 1; 0 for none. 0-dim."""
-    norms = _norms(tensors, math.inf)
-    if not norms:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    together = torch.stack([norm.to(device, torch.float64, non_blocking=True) for norm in norms])
-    bad = ~together.isfinite()
-    return torch.where(bad.any(), bad.int().argmax() + 1, 0).double()
+    if not tensors:
+        return torch.zeros((), dtype=torch.int64, device=device)
+    bad = [(~tensor.isfinite()).any().to(device, non_blocking=True) for tensor in tensors]
+    together = torch.stack(bad)
+    return torch.where(together.any(), together.int().argmax() + 1, 0)
 
 
 def total_norm(
@@ -81,19 +80,6 @@ def total_norm(
 def clip_factor(total: Tensor, max_norm: float) -> Tensor:
     """What gradients are multiplied by, as in ``torch.nn.utils.clip_grad_norm_``; at most 1."""
     return (max_norm / (total + 1e-6)).clamp(max=1.0)
-
-
-def _norms(tensors: Sequence[Tensor], order: float) -> list[Tensor]:
-    """The norm of each tensor, in at least fp32; 0 for an empty one."""
-    norms = [torch.zeros((), device=tensor.device) for tensor in tensors]
-    held = [_real(tensor, order) for tensor in tensors]
-    for dtype in {tensor.dtype for tensor in held}:
-        places = [i for i, t in enumerate(held) if t.dtype is dtype and t.numel()]
-        wide = torch.float32 if dtype.itemsize < 4 else None
-        found = torch._foreach_norm([held[i] for i in places], order, dtype=wide) if places else []
-        for i, norm in zip(places, found, strict=True):
-            norms[i] = norm
-    return norms
 
 
 def _real(tensor: Tensor, order: float) -> Tensor:

@@ -62,9 +62,10 @@ class Reducer(Gradients):
             norm_type: the order of the norm that the verdict is to tell; ``None`` for none.
             said: what else the user said, on which ranks must agree.
         """
-        if known := self._known(norm_type):
+        known = self._known(norm_type)
+        if known and not self._rounds.has_more() and not self._rounds.changed():
             return known
-        self._rounds.abandon()
+        self._rounds.abandon(retries=False)
         reports, powers = self._exchange(norm_type, said)
         self._refuse_uneven(reports, norm_type, said)
         everything = False  # the first round may end one that is half-way on some ranks
@@ -92,7 +93,7 @@ class Reducer(Gradients):
 
     def zero(self) -> None:
         """See the base class."""
-        self._rounds.abandon()
+        self._rounds.abandon(retries=True)
         self._rounds.forget()
 
     def consume(self) -> None:

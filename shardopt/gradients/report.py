@@ -109,8 +109,8 @@ def refuse_lost(reports: Sequence[Report], names: Sequence[str]) -> None:
             )
         if report.changed < 0:
             raise GradientError(
-                f"an exception ended a backward() while gradients were accumulated, or on some "
-                f"ranks only, and what rank {rank} has of the mean is of no use; call "
+                f"an exception ended a backward() that was not repeated, or while gradients were "
+                f"accumulated, or on some ranks only: what rank {rank} has is of no use; call "
                 "optimizer.zero_grad() and repeat all backward passes of this step on every rank"
             )
     if len({report.lost for report in reports}) > 1:

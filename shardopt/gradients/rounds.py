@@ -77,16 +77,14 @@ class Rounds:
     def extend(self) -> None:
         """The shard has new parameters."""
         self.means.extend()
+        if self._next is not None:
+            self._missing += self._num_trained()[len(self._missing) :]
         self.follow_training()
         self.hook()
 
     def follow_training(self) -> None:
         """Ranks agree on which parameters are trained: rounds reduce the buckets of these."""
-        self._trained = {
-            number
-            for number, bucket in enumerate(self._shard.layout.buckets)
-            if any(self._shard.parameters[slot.parameter].requires_grad for slot in bucket.slots)
-        }
+        self._trained = {number for number, count in enumerate(self._num_trained()) if count}
 
     def hook(self) -> None:
         """Hear of every parameter that wants a gradient; one may want it from now on only.
@@ -131,7 +129,7 @@ class Rounds:
         task = torch._C._current_graph_task_id()
         if task in self._tasks:
             return
-        self.abandon()
+        self.abandon(retries=True)
         self._tasks.add(task)
         Variable._execution_engine.queue_callback(_End(self, task, nested=_is_nested()))
 
@@ -154,7 +152,11 @@ class Rounds:
     def _open(self) -> None:
         self._next, self._arrived = 0, set()
         self._began_empty = self.means.is_empty
-        self._missing = [
+        self._missing = self._num_trained()
+
+    def _num_trained(self) -> list[int]:
+        """How many parameters of each bucket want a gradient."""
+        return [
             sum(self._shard.parameters[slot.parameter].requires_grad for slot in bucket.slots)
             for bucket in self._shard.layout.buckets
         ]
@@ -196,8 +198,8 @@ class Rounds:
             else:
                 parameters[index].grad = None
 
-    def abandon(self) -> None:
-        """If an exception ended a backward: end its round, and forget what it has reduced."""
+    def abandon(self, *, retries: bool) -> None:
+        """If an exception ended a backward: end its round, and forget it if gradients come anew."""
         if not self._aborted:
             return
         began_empty = self._began_empty
@@ -205,9 +207,9 @@ class Rounds:
         self._tasks.clear()
         self.num_lost += 1
         self.close(lost=True)
-        if not self._keeps and began_empty:
+        if retries and not self._keeps and began_empty:
             self.forget()
-        elif not self._keeps:
+        elif not (retries and self._keeps):  # else .grad is all there is, and the user's
             self._torn = True
 
     def forget(self) -> None:

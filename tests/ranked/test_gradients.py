@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -19,39 +19,14 @@ from tests.bank_runs import (
     assert_sharded,
     start,
 )
+from tests.each_rank import KINDS, loss_of, mean_of, random
 from tests.ranks import on_ranks
 from tests.twins import SMALL_BUCKETS, assert_same, assert_same_parameters, make_model
 
-KINDS = ["local", "sharded"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 UNUSED = Guards(find_unused_parameters=True)
 
 LossOf = Callable[[nn.Module, int, int], Tensor]  # of a model, a pass and a rank
-
-
-def random(*shape: int, seed: int, rank: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Each rank's own, the same at every call."""
-    generator = torch.Generator().manual_seed(1000 * seed + rank)
-    return torch.randn(shape, generator=generator, dtype=dtype)
-
-
-def loss_of(model: nn.Module, seed: int, rank: int) -> Tensor:
-    """Of ``make_model()``."""
-    return model(random(8, 61, seed=seed, rank=rank)).square().mean()
-
-
-def mean_of(column: Sequence[Tensor | None]) -> Tensor | None:
-    """The mean over ranks in rank order, in fp32 where elements have 16 bits; absent is zero."""
-    there = [gradient for gradient in column if gradient is not None]
-    if not there:
-        return None
-    dense = [torch.zeros_like(there[0]) if g is None else g for g in column]
-    wide = torch.float32 if there[0].dtype.itemsize == 2 else there[0].dtype
-    rows = [(g if g.layout is torch.strided else g.to_dense()).to(wide) for g in dense]
-    total = rows[0].clone()
-    for row in rows[1:]:
-        total += row
-    return (total / len(rows)).to(there[0].dtype)
 
 
 def gradients_of(model: nn.Module, loss: LossOf, passes: Iterable[int], rank: int):

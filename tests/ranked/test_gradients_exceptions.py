@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
+from shardopt import ShardedOptimizer
 from shardopt.errors import GradientError, UnsupportedError
 from tests.ranked.test_gradients import Twins, every_kind, random
 from tests.ranked.test_gradients_refused import refuses
 from tests.ranks import on_ranks
-from tests.twins import assert_same, assert_same_parameters
+from tests.twins import assert_same, assert_same_parameters, make_model
 
 pytestmark = pytest.mark.slow  # many rows; the bank of test_gradients.py is fast
 
@@ -165,3 +167,58 @@ def test_create_graph_is_refused_where_gradients_are_freed(who, rank, world_size
             twins.optimizer.step()
     twins.optimizer.zero_grad()
     twins.step(1)
+
+
+@on_ranks(1, 2, 3)
+@every_kind
+def test_a_step_after_an_exception_that_was_not_repeated(kind, rank, world_size):
+    """It would do nothing, or step on half of the gradients."""
+    twins = Twins(kind, rank, world_size).build()
+    with pytest.raises(Boom):
+        fused_loss(twins.ours, 1, rank).backward()
+    with pytest.raises(GradientError, match="was not repeated"):
+        twins.optimizer.step()
+    twins.optimizer.zero_grad()
+    twins.step(2)
+
+
+@on_ranks(1, 2, 3)
+def test_a_gradient_that_comes_after_clipping_is_not_lost(rank, world_size):
+    parameter = nn.Parameter(torch.zeros(3000))
+    optimizer = ShardedOptimizer([parameter], SGD, lr=1.0, gradients="sharded")
+    parameter.sum().backward()
+    optimizer.clip_grad_value_(0.5)
+    parameter.grad = torch.full((3000,), float(rank))
+    optimizer.step()
+    assert_same(parameter.detach(), torch.full((3000,), -0.5 - (world_size - 1) / 2))
+
+
+@on_ranks(1, 2, 3)
+def test_a_gradient_changed_after_clipping_is_refused(rank):
+    parameter = nn.Parameter(torch.zeros(3000))
+    optimizer = ShardedOptimizer([parameter], SGD, gradients="local")
+    parameter.sum().backward()
+    optimizer.clip_grad_norm_(1.0)
+    parameter.grad.mul_(2)
+    with pytest.raises(GradientError, match="was changed on rank 0 after"):
+        optimizer.step()
+
+
+@on_ranks(1, 2)
+@every_kind
+def test_a_group_added_to_a_round_that_is_open(kind, rank, world_size):
+    """All of the model lies within reentrant checkpoints, so no round ends before the step."""
+    model = make_model()
+    optimizer = ShardedOptimizer(model.parameters(), SGD, lr=0.1, gradients=kind)
+    inputs = random(8, 61, seed=0, rank=rank).requires_grad_()
+    checkpoint(model, inputs, use_reentrant=True).square().mean().backward()
+    added = nn.Parameter(torch.ones(7))
+    optimizer.add_param_group({"params": [added]})
+    loss = checkpoint(model, inputs, use_reentrant=True).square().mean() + added.sum()
+    loss.backward()
+    optimizer.step()
+    torch.testing.assert_close(added.detach(), torch.full((7,), 0.9))
+    assert all(
+        not torch.equal(p, q)
+        for p, q in zip(model[0].parameters(), make_model()[0].parameters(), strict=True)
+    )

@@ -133,6 +133,13 @@ def test_a_step_waits_for_the_one_before():
     assert_same_parameters(ours, theirs)
 
 
+@on_ranks(1, 2)
+def test_a_model_of_another_optimizer_is_refused():
+    optimizer = ShardedOptimizer(make_model().parameters(), AdamW)
+    with pytest.raises(ValueError, match="got a Sequential with none of them"):
+        optimizer.overlap_forward(make_model())
+
+
 @on_ranks(2)
 def test_a_copy_of_the_model_is_plain():
     model = make_model()
