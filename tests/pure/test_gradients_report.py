@@ -83,7 +83,7 @@ def test_a_missing_gradient_is_refused_unless_none_is_there():
     ("reports", "words"),
     [
         ([GOOD, replace(GOOD, changed=2)], "the gradient of 'b' was changed on rank 1 after"),
-        ([GOOD, replace(GOOD, changed=-1)], "what rank 1 has of the mean is of no use"),
+        ([GOOD, replace(GOOD, changed=-1)], "what rank 1 has is of no use"),
         ([replace(GOOD, lost=1), GOOD], r"ended a backward\(\) on rank 0 and not on rank 1"),
         ([GOOD, GOOD, replace(GOOD, lost=1)], r"on rank 2 and not on rank 0"),
     ],
