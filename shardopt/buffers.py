@@ -15,6 +15,7 @@ from torch import Tensor
 from shardopt.comm import Collectives
 from shardopt.errors import ParameterError
 from shardopt.layout import Bucket, Layout, Segment, Slot
+from shardopt.sparse import elements_of, rows_of
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -64,6 +65,7 @@ class ParameterBuffers:
 
     def __init__(self, collectives: Collectives):
         self._collectives = collectives
+        self._layout = Layout((), collectives.world_size, ())
         self.parameters: list[Tensor] = []
         self.strides: list[tuple[int, ...]] = []
         self.buckets: list[Tensor] = []
@@ -74,6 +76,7 @@ class ParameterBuffers:
     def adopt(self, layout: Layout, parameters: Sequence[Tensor]) -> None:
         """Move the parameters that ``layout`` adds, one bucket's memory at a time."""
         first = len(self.parameters)
+        self._layout = layout
         self.parameters += parameters
         self.strides += [dense_strides(parameter) for parameter in parameters]
         self._homes += [()] * len(parameters)
@@ -103,11 +106,12 @@ class ParameterBuffers:
         own = torch.from_dlpack(slot.view(torch.uint8)).view(slot.dtype)
         return own.as_strided(parameter.shape, self.strides[index])
 
-    def release(self, num_parameters: int, num_buckets: int) -> None:
-        """Keep the first parameters and buckets only; the others live as long as their users."""
+    def release(self, layout: Layout) -> None:
+        """Keep the parameters and buckets of ``layout``; others live as long as their users."""
+        self._layout = layout
         for rows in (self.parameters, self.strides, self._homes, self._aliases, self._slots):
-            del rows[num_parameters:]
-        del self.buckets[num_buckets:]
+            del rows[len(layout.parameters) :]
+        del self.buckets[len(layout.buckets) :]
 
     def _move_in(self, index: int) -> None:
         """Copy a parameter's value to its slot and make the slot its storage."""
@@ -155,13 +159,9 @@ class ParameterBuffers:
             self._move_in(index)
 
     def segment(self, bucket: int, segment: Segment) -> Tensor:
-        """The memory of a segment: a whole parameter in its own shape, a part as ``(numel,)``."""
-        buffer, index = self.buckets[bucket], segment.parameter
-        if segment.whole:
-            shape, strides = self.parameters[index].shape, self.strides[index]
-        else:
-            shape, strides = torch.Size((segment.numel,)), (1,)
-        return buffer.as_strided(shape, strides, segment.start).detach()
+        """The memory of a segment: a whole parameter or its rows so shaped, else ``(numel,)``."""
+        part = self.buckets[bucket][segment.start : segment.start + segment.numel]
+        return self._shaped(part, segment).detach()
 
     def slot_of(self, buffer: Tensor, slot: Slot) -> Tensor:
         """The part of another buffer of the same bucket that belongs to a parameter, so shaped."""
@@ -171,12 +171,33 @@ class ParameterBuffers:
     def segment_of(self, tensor: Tensor, segment: Segment) -> Tensor:
         """The part of a full ``tensor``, shaped as the parameter, that belongs to ``segment``."""
         strides = self.strides[segment.parameter]
-        if segment.whole and (tensor.layout is not torch.strided or tensor.stride() == strides):
+        if tensor.layout is not torch.strided:
+            return self._sparse_segment_of(tensor, segment)
+        if segment.whole and tensor.stride() == strides:
             return tensor
+        # Whole ones too: fused kernels go by memory order, and do not look at strides on a CPU.
         flat = in_memory_order(tensor, strides)
-        if segment.whole:  # fused kernels go by memory order, and do not look at strides on CPU
-            return flat.as_strided(tensor.shape, strides, flat.storage_offset())
-        return flat[segment.offset : segment.offset + segment.numel]
+        return self._shaped(flat[segment.offset : segment.offset + segment.numel], segment)
+
+    def _sparse_segment_of(self, tensor: Tensor, segment: Segment) -> Tensor:
+        if segment.whole:
+            return tensor
+        if segment.parameter in self._layout.by_rows:
+            row = self._layout.parameters[segment.parameter].row_numel
+            return rows_of(tensor, segment.offset // row, (segment.offset + segment.numel) // row)
+        strides = self.strides[segment.parameter]
+        return elements_of(tensor, strides, segment.offset, segment.numel)
+
+    def _shaped(
+        self,
+        flat: Tensor,  # (numel,)
+        segment: Segment,
+    ) -> Tensor:
+        """A segment's elements, which lie end to end, in its shape."""
+        shape = self._layout.shape_of(segment)
+        if not segment.whole:
+            return flat.view(shape)
+        return flat.as_strided(shape, self.strides[segment.parameter], flat.storage_offset())
 
 
 def _whereabouts(tensor: Tensor) -> tuple[object, ...]:

@@ -159,7 +159,7 @@ def fingerprint(tensor: Tensor) -> int:
     a weight of the position do not notice two doubles that change their signs.)
     """
     if tensor.layout is not torch.strided:
-        tensor = tensor.to_dense()
+        return _of_sparse(tensor)
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     tensor = tensor.resolve_neg()
@@ -175,3 +175,10 @@ def fingerprint(tensor: Tensor) -> int:
         mixed ^= (mixed >> 32).bitwise_and_(0xFFFFFFFF)
         total += mixed.sum()
     return int(total) or 1
+
+
+def _of_sparse(tensor: Tensor) -> int:
+    """A hash of the entries of a sparse tensor; another than that of the same values when dense."""
+    entries = tensor.coalesce()
+    mixed = fingerprint(entries.indices()) ^ (fingerprint(entries.values()) * 3)
+    return mixed % (1 << 63) or 1

@@ -15,9 +15,14 @@ from shardopt import update, validation
 from shardopt.algos import algorithm_for
 from shardopt.arrivals import Arrivals
 from shardopt.comm import Collectives, choose_collectives
-from shardopt.gradients import GradientMethods, Gradients, gradients_of
+from shardopt.gradients import (
+    GradientMethods,
+    Gradients,
+    gradients_of,
+    refuse_ddp,
+    refuse_gradients,
+)
 from shardopt.guard import agree, agree_on_gradients, agree_on_values, all_or_none
-from shardopt.layout import Atom
 from shardopt.policies import Guards
 from shardopt.shard import Group, Shard, unique_parameters
 from shardopt.state import Snapshot, StatefulOptimizer
@@ -95,9 +100,9 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer):
             super().__init__(entries, validation.probe(optimizer_class, entries, options).defaults)
             validation.refuse_policies(**policies, bucket_cap_mb=bucket_cap_mb)
             validation.refuse_class(algorithm_for(optimizer_class))
-            validation.refuse_parameters(self.param_groups)
+            validation.refuse_parameters(self.param_groups, algorithm_for(optimizer_class))
             if gradients != "replicated":
-                validation.refuse_ddp(self.param_groups)
+                refuse_ddp(self.param_groups)
         self._shard = Shard(
             algorithm_for(optimizer_class),
             self.collectives,
@@ -125,7 +130,7 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer):
                 validation.list_group(param_group)
                 validation.probe(self.optimizer_class, [param_group], self._shard.options)
                 super().add_param_group(param_group)
-                validation.refuse_parameters(self.param_groups)
+                validation.refuse_parameters(self.param_groups, self._shard.algorithm)
             self._build(self.param_groups[num_known:], {})
         except Exception:
             del self.param_groups[num_known:]
@@ -196,19 +201,19 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer):
 
     def _update(self, present: frozenset[int], guarded: bool) -> None:
         """Update this rank's shard, and start to gather a bucket as soon as it is updated."""
-        buckets = update.update_buckets(self._shard, self.param_groups, self._gradients.of)
+        gradients, shard = self._gradients, self._shard
+        buckets = update.update_buckets(shard, self.param_groups, gradients.of, gradients.sparse())
         if guarded:  # what a class refuses only when it steps, it refuses where the parameter lies
             with all_or_none(self.collectives):
                 buckets = iter(list(buckets))
-        self._arrivals.expect(update.gather(self._shard, buckets, present))
+        self._arrivals.expect(update.gather(shard, buckets, present, gradients.of))
 
     def _check_step(self) -> None:
         """Take parameters back that left their buckets; refuse gradients that cannot be cut."""
         shard = self._shard
         shard.check_groups(self.param_groups)
         shard.buffers.take_back(shard.names)
-        atom = Atom.TENSOR if self._gradients.reduces else shard.algorithm.atom
-        validation.refuse_gradients(shard.parameters, shard.names, atom)
+        refuse_gradients(shard, made_dense=self._gradients.reduces)
 
     def _check_first_step(self) -> None:
         """Also compare gradients: the first chance to see that nobody reduces them."""
@@ -217,7 +222,7 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer):
         with all_or_none(self.collectives):
             self._check_step()
             if self._gradients.reduces:
-                validation.refuse_ddp(self.param_groups)
+                refuse_ddp(self.param_groups)
         if self.guards.replicas and not self._gradients.reduces:
             agree_on_gradients(self.collectives, self._shard.names, self._shard.parameters)
         if self.collectives.world_size > 1 and self.collectives.rank == 0:

@@ -125,7 +125,7 @@ class Shard:
         """Undo the part of ``extend`` that went before a failure."""
         for parameter in self.parameters[len(known.parameters) :]:
             self.segments.pop(self._index.pop(id(parameter)), None)
-        self.buffers.release(len(known.parameters), len(known.buckets))
+        self.buffers.release(known)
         self.layout = known
         self.names = self.names[: len(known.parameters)]
         del self._may_fuse[len(self._members) :]
@@ -194,8 +194,13 @@ class Shard:
         """The user's tensors, in order of registration, each once."""
         return self.buffers.parameters
 
-    def inner_options(self, number: int, group: Group) -> Group:
-        """A group's options as the class gets them: with our choice where the user made none."""
+    def inner_options(
+        self, number: int, group: Group, sparse: frozenset[int] = frozenset()
+    ) -> Group:
+        """A group's options as the class gets them: with our choice where the user made none.
+
+        torch's fused kernels take no ``sparse`` gradients.
+        """
         options = {key: value for key, value in group.items() if key not in NOT_OPTIONS}
         free = group.get("fused") is None and group.get("foreach") is None
         if (
@@ -203,6 +208,7 @@ class Shard:
             and free
             and self._may_fuse[number]
             and self.algorithm.fused(group)
+            and not any(self._index[id(parameter)] in sparse for parameter in group["params"])
         ):
             options["fused"] = True
         return options

@@ -9,11 +9,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from shardopt.comm.collectives import Handle
+from shardopt.layout import Atom
+from shardopt.rows import gather_rows
 from shardopt.shard import NOT_OPTIONS, Group, Shard
 
 
 def update_buckets(
-    shard: Shard, groups: Sequence[Group], gradient_of: Callable[[int], Tensor | None]
+    shard: Shard,
+    groups: Sequence[Group],
+    gradient_of: Callable[[int], Tensor | None],
+    sparse: frozenset[int] = frozenset(),
 ) -> Iterator[int]:
     """One step of the class on this rank's segments, with the options of the user's groups.
 
@@ -24,12 +29,13 @@ def update_buckets(
         shard: whose buckets.
         groups: the user's groups.
         gradient_of: parameter index -> the gradient of its segment, if it has one.
+        sparse: indices of parameters whose gradients are sparse, the same on every rank.
 
     Yields:
         The number of each bucket, as soon as it is updated.
     """
     inner_groups = shard.optim.param_groups
-    pushed = [shard.inner_options(number, group) for number, group in enumerate(groups)]
+    pushed = [shard.inner_options(number, group, sparse) for number, group in enumerate(groups)]
     for inner, options in zip(inner_groups, pushed, strict=True):
         inner.update(options)
     if shard.algorithm.separable:
@@ -84,17 +90,25 @@ def _step_on(
             shard.segments[index][1].grad = None
 
 
-def gather(shard: Shard, numbers: Iterable[int], changed: Iterable[int]) -> dict[int, Handle]:
+def gather(
+    shard: Shard,
+    numbers: Iterable[int],
+    changed: Iterable[int],
+    gradient_of: Callable[[int], Tensor | None],
+) -> dict[int, Handle]:
     """Start to gather buckets in the order in which they come; tell autograd what has changed.
 
     Returns:
         The number of each bucket -> its handle.
     """
     buckets, buffers = shard.layout.buckets, shard.buffers.buckets
-    handles = {
-        number: shard.collectives.all_gather(buffers[number], buckets[number].borders)
-        for number in numbers
-    }
+    handles = {}
+    for number in numbers:
+        if buckets[number].atom is Atom.ROW:
+            handles[number] = gather_rows(shard, number, gradient_of)
+        else:
+            borders = buckets[number].borders
+            handles[number] = shard.collectives.all_gather(buffers[number], borders)
     torch.autograd.graph.increment_version([shard.parameters[index] for index in changed])
     return handles
 

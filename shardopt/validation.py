@@ -5,8 +5,6 @@ Everything here is local and cheap; the optimizer tells the other ranks what one
 
 from __future__ import annotations
 
-import gc
-import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -19,7 +17,7 @@ from torch.optim import Optimizer
 
 from shardopt.algos import Algorithm
 from shardopt.comm import Collectives
-from shardopt.errors import ParameterError, UnsupportedError
+from shardopt.errors import UnsupportedError
 from shardopt.layout import Atom
 from shardopt.policies import Guards
 from shardopt.shard import NOT_OPTIONS, Group, unique_parameters
@@ -136,8 +134,8 @@ def _one_of(argument: str, value: Any, allowed: list[str], later: list[str]) -> 
         raise ValueError(f"{argument}: expected {expected}, got {value!r}")
 
 
-def refuse_parameters(groups: Sequence[Group]) -> None:
-    """Refuse parameters that cannot become views of buckets."""
+def refuse_parameters(groups: Sequence[Group], algorithm: Algorithm) -> None:
+    """Refuse parameters that cannot become views of buckets, or be cut between rows."""
     if any(group.get("differentiable") for group in groups):
         raise UnsupportedError(
             "differentiable=True is not supported, since the update runs on detached shards; use "
@@ -155,6 +153,11 @@ def refuse_parameters(groups: Sequence[Group]) -> None:
             raise UnsupportedError(
                 f"parameter {name!r}: expected an ordinary dense tensor with memory, got "
                 f"{type(parameter.data).__name__}, {parameter.layout}, on {parameter.device}"
+            )
+        if algorithm.atom is Atom.ROW and not parameter.is_contiguous():
+            raise UnsupportedError(
+                f"parameter {name!r}: expected a contiguous tensor, which can be cut between rows, "
+                f"got strides {parameter.stride()}; make it so: p.data = p.data.contiguous()"
             )
     _refuse_overlaps(parameters, names)
 
@@ -186,48 +189,6 @@ def refuse_late_ranks(collectives: Collectives) -> None:
             f"torch.distributed.init_process_group, which made {num_ranks} ranks since; construct "
             "it after that, or pass process_group=shardopt.comm.SoloCollectives() to mean one rank"
         )
-
-
-def refuse_gradients(parameters: Sequence[Tensor], names: Sequence[str], atom: Atom) -> None:
-    """Refuse sparse gradients where parameters are cut; warn of parameters no model has."""
-    references = [sys.getrefcount(parameter) for parameter in parameters]
-    abandoned = []
-    for name, parameter, count in zip(names, parameters, references, strict=True):
-        grad = parameter.grad
-        if grad is None and parameter.requires_grad and count <= _OUR_REFERENCES:
-            abandoned.append(name)
-        layout = torch.strided if grad is None else grad.layout
-        if layout is not torch.strided and atom is not Atom.TENSOR:
-            raise ParameterError(
-                f"parameter {name!r}: expected a dense gradient, got {layout}; use "
-                "sparse=False in its embedding, or assign parameter.grad.to_dense()"
-            )
-    if abandoned:
-        warnings.warn(
-            f"parameter {abandoned[0]!r} has no gradient, and nothing but the optimizer holds it "
-            "any more: the model has another now, as after load_state_dict(assign=True), or when a "
-            "model and its optimizer are deep-copied apart; construct ShardedOptimizer after that, "
-            "load with assign=False, or copy both at once: copy.deepcopy((model, optimizer))",
-            stacklevel=5,
-        )
-
-
-# Of a parameter that nobody else holds: those of a list, of the loop and of the call, which Python
-# versions count differently, and that of its group.
-_OUR_REFERENCES = next(sys.getrefcount(item) for item in [object()]) + 1
-
-
-def refuse_ddp(groups: Sequence[Group]) -> None:
-    """Refuse parameters of a model under DistributedDataParallel, which would reduce them too."""
-    ours = {id(parameter) for group in groups for parameter in group["params"]}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.nn.parallel.DistributedDataParallel) and any(
-            id(parameter) in ours for parameter in thing.parameters()
-        ):
-            raise UnsupportedError(
-                "the model is wrapped in DistributedDataParallel, which averages gradients itself; "
-                "pass gradients='replicated', or use the model without DistributedDataParallel"
-            )
 
 
 def check_rank(argument: str, rank: Any, world_size: int) -> None:

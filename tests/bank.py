@@ -25,6 +25,7 @@ from torch.optim import (
     RAdam,
     RMSprop,
     Rprop,
+    SparseAdam,
 )
 
 from tests.third_party import Lars, Lion
@@ -44,6 +45,7 @@ SECOND: dict[type[Optimizer], dict[str, Any]] = {
     ASGD: {"lr": 0.05, "t0": 1},
     Adafactor: {"lr": 0.05, "d": 2.0},
     Muon: {"lr": 0.02, "momentum": 0.9},
+    SparseAdam: {"lr": 0.02, "betas": (0.8, 0.95)},
     Lars: {"lr": 0.2, "trust": 0.05},
     Lion: {"lr": 0.01, "betas": (0.8, 0.95)},
 }
@@ -52,10 +54,10 @@ SECOND: dict[type[Optimizer], dict[str, Any]] = {
 FUSED_BY_AUTO = {SGD: "cpu cuda", Adam: "cpu cuda", AdamW: "cpu cuda", Adagrad: "cpu"}
 
 # Torch refuses complex parameters.
-REAL_ONLY = {Adafactor, Muon}
+REAL_ONLY = {Adafactor, Muon, SparseAdam}
 
 # Refused at construction until their own issues.
-REFUSED_CLASSES = {torch.optim.SparseAdam, torch.optim.LBFGS}
+REFUSED_CLASSES = {torch.optim.LBFGS}
 REFUSED_ARGUMENTS = {"differentiable"}
 
 
@@ -93,6 +95,11 @@ class Case:
     def keeps_tensors_whole(self) -> bool:
         """Whether the class must see whole parameters."""
         return self.optimizer_class in (Adafactor, Muon, Lars)
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether gradients are sparse: some rows of a table, some of them twice."""
+        return self.optimizer_class is SparseAdam
 
     def fuses(self, device: str, dtype: torch.dtype) -> bool:
         """Whether ``kernel="auto"`` is to choose torch's fused kernel.
@@ -246,6 +253,12 @@ ROWS = [
     case(Muon, eps=1e3),
     case(Muon, ns_steps=3),
     case(Muon, adjust_lr_fn="match_rms_adamw"),
+    case(SparseAdam),
+    case(SparseAdam, lr=0.1),
+    case(SparseAdam, lr=tensor(0.1)),
+    case(SparseAdam, betas=(0.5, 0.7)),
+    case(SparseAdam, eps=1e-2),
+    case(SparseAdam, maximize=True),
     case(Lars),
     case(Lars, lr=0.3),
     case(Lars, momentum=0.5),

@@ -20,6 +20,7 @@ from tests.twins import assert_same
 # cut on two ranks, and on three with a part for each.
 SHAPES = [[(70, 33), (33,), (5, 7)], [(2500,), (), (40, 5)]]
 MATRICES = [[(70, 33), (33, 8), (8, 9)], [(25, 40), (12, 50), (40, 5)]]  # all that Muon takes
+TABLES = [[(70, 33), (33,), (5, 7)], [(250, 10), (6, 2, 5), (40, 5)]]  # whose rows are touched
 BUCKET_NUMEL = 5000
 LARGE = (0, 3)  # the parameters whose gradients come late or never
 
@@ -45,13 +46,26 @@ def presences(case: Case) -> list[str]:
     return list(PRESENCE)
 
 
-def set_gradients(parameters: list[Parameter], step: int, presence: str) -> None:
+def set_gradients(
+    parameters: list[Parameter], step: int, presence: str, *, of_rows: bool = False
+) -> None:
     """The gradients of one step: equal on every rank, different at every step."""
     generator = torch.Generator().manual_seed(1000 + step)
     for index, parameter in enumerate(parameters):
-        gradient = torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator)
+        shape = parameter.shape
+        if of_rows:
+            rows = torch.randint(len(parameter), (1 + len(parameter) // 3,), generator=generator)
+            shape = torch.Size((len(rows), *shape[1:]))
+        gradient = torch.randn(shape, dtype=parameter.dtype, generator=generator)
+        if of_rows:
+            gradient = sparse(rows, gradient, parameter.shape)
         there = PRESENCE[presence](step, index)
         parameter.grad = gradient.to(parameter.device) if there else None
+
+
+def sparse(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+    """A gradient of some rows, as an embedding has it: in any order, some twice."""
+    return torch.sparse_coo_tensor(rows[None], values, shape, check_invariants=False)
 
 
 @dataclass
@@ -65,7 +79,7 @@ class Training:
     def run(self, presence: str, first: int, last: int) -> Training:
         """Steps ``first`` to ``last``; at step 2 the learning rate of each group is halved."""
         for step in range(first, last):
-            set_gradients(self.parameters, step, presence)
+            set_gradients(self.parameters, step, presence, of_rows=self.case.takes_rows)
             if step == 2:
                 for group in self.optimizer.param_groups:
                     group["lr"] = group["lr"] * 0.5
@@ -130,7 +144,7 @@ def start(
 ) -> Training:
     """A training from the beginning: the same parameters at every call, on every rank."""
     generator = torch.Generator().manual_seed(2)
-    shapes = MATRICES if case.optimizer_class.__name__ == "Muon" else SHAPES
+    shapes = {"Muon": MATRICES, "SparseAdam": TABLES}.get(case.optimizer_class.__name__, SHAPES)
     parameters = [
         Parameter(torch.randn(shape, dtype=dtype, generator=generator).to(device))
         for group in shapes

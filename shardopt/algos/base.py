@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from shardopt.layout import Atom
@@ -27,6 +28,10 @@ class Algorithm:
         cost: estimated cost of updating a parameter of some shape; balances whole parameters.
         separable: whether a step on some parameters and then on the others is one step on all: the
             class changes nothing in its groups.
+        gradient_layouts: of the gradients that it takes where parameters are cut; a class that
+            has whole parameters says so itself.
+        coalesces: whether the class sums the entries of a sparse gradient that are of one element,
+            before all else.
         fused: whether a group of options may use torch's fused kernel when the user leaves the
             choice to us.
         fused_devices: device types on which it may.
@@ -40,6 +45,8 @@ class Algorithm:
     shapes: Mapping[str, Callable[[Shape], Shape]] | None = None
     cost: Callable[[Shape], int] = math.prod
     separable: bool = False
+    gradient_layouts: frozenset[torch.layout] = frozenset({torch.strided})
+    coalesces: bool = False
     fused: Callable[[Mapping[str, Any]], bool] = lambda group: False
     fused_devices: frozenset[str] = frozenset()
     fuses_16_bits_on_cpu: bool = True

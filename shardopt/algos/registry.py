@@ -13,6 +13,7 @@ Adadelta                                             ELEMENT  Zeiler 2012, arXiv
 RMSprop                                              ELEMENT  Hinton, lecture 6e; arXiv:1308.0850
 Rprop                                                ELEMENT  Riedmiller and Braun 1993
 ASGD                                                 ELEMENT  Polyak and Juditsky 1992
+SparseAdam                                           ROW      Adam's, on the rows that are touched
 Adafactor                                            TENSOR   Shazeer, Stern, arXiv:1804.04235
 Muon                                                 TENSOR   Jordan et al. 2024
 any other                                            TENSOR   its update may read a whole parameter
@@ -82,6 +83,7 @@ def _column_variance(shape: Shape) -> Shape:
 
 
 _CPU_AND_CUDA = frozenset({"cpu", "cuda"})
+_DENSE_AND_SPARSE = frozenset({torch.strided, torch.sparse_coo})
 _optim = torch.optim
 
 for _class, _names in {
@@ -106,6 +108,8 @@ _know(
     _optim.Adagrad,
     Atom.ELEMENT,
     per_element=frozenset({"sum"}),
+    gradient_layouts=_DENSE_AND_SPARSE,
+    coalesces=True,
     fused=lambda group: True,
     fused_devices=frozenset({"cpu"}),
 )
@@ -113,6 +117,7 @@ _know(
     _optim.SGD,
     Atom.ELEMENT,
     per_element=frozenset({"momentum_buffer"}),
+    gradient_layouts=_DENSE_AND_SPARSE,
     # With momentum its fused kernel fails when a first gradient comes late; on a CPU it leaves
     # parameters of 16 bits where they are (torch 2.13).
     fused=lambda group: group["momentum"] == 0,
@@ -126,5 +131,11 @@ _know(
     shapes={"row_var": _row_variance, "col_var": _column_variance},
 )
 _know(_optim.Muon, Atom.TENSOR, per_element=frozenset({"momentum_buffer"}), cost=_newton_schulz)
-_know(_optim.SparseAdam, Atom.TENSOR, refusal="its state has to be cut by rows")
+_know(
+    _optim.SparseAdam,
+    Atom.ROW,
+    per_element=frozenset({"exp_avg", "exp_avg_sq"}),
+    gradient_layouts=frozenset({torch.sparse_coo}),
+    coalesces=True,
+)
 _know(_optim.LBFGS, Atom.TENSOR, refusal="its inner products have to be summed over ranks")

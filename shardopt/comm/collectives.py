@@ -71,6 +71,11 @@ class Collectives(ABC):
         """The ranks that hold one copy of the state among them: all, but on a 2-D mesh."""
         return self
 
+    @property
+    def replicate_axis(self) -> Collectives | None:
+        """The ranks that hold the same shard, on a 2-D mesh."""
+        return None
+
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A zeroed 1-D buffer of ``numel`` elements that this object can move without a copy."""
         return torch.zeros(numel, dtype=dtype, device=device)
@@ -94,6 +99,16 @@ class Collectives(ABC):
 
         Summed in rank order, in fp32 where elements have 16 bits, then divided.
         """
+
+    @abstractmethod
+    def all_to_all(
+        self,
+        send: Tensor,  # contiguous: what goes to rank 0, to rank 1, ... end to end
+        send_sizes: Sequence[int],  # world_size numbers of elements
+        out: Tensor,  # contiguous, of the same dtype: what comes from rank 0, from rank 1, ...
+        out_sizes: Sequence[int],  # world_size numbers of elements
+    ) -> Handle:
+        """Start to send each rank of the shard axis its part, and to receive what it sends."""
 
     @abstractmethod
     def all_gather_rows(

@@ -39,6 +39,11 @@ class MeshCollectives(Collectives):
         """See the base class."""
         return self._shard
 
+    @property
+    def replicate_axis(self) -> Collectives:
+        """See the base class."""
+        return self._replicate
+
     def all_gather(self, bucket: Tensor, borders: Sequence[int]) -> Handle:
         """See the base class."""
         return self._shard.all_gather(bucket, borders)
@@ -46,6 +51,12 @@ class MeshCollectives(Collectives):
     def reduce_scatter(self, bucket: Tensor, borders: Sequence[int], out: Tensor) -> Reduction:
         """See the base class. The column takes its mean when the row's is waited for."""
         return _MeanOfMeans(self._shard.reduce_scatter(bucket, borders, out), self._replicate, out)
+
+    def all_to_all(
+        self, send: Tensor, send_sizes: Sequence[int], out: Tensor, out_sizes: Sequence[int]
+    ) -> Handle:
+        """See the base class."""
+        return self._shard.all_to_all(send, send_sizes, out, out_sizes)
 
     def all_gather_rows(self, row: Tensor) -> Tensor:
         """Every rank's row, replica by replica."""

@@ -93,15 +93,21 @@ class TorchCollectives(Collectives):
             mean = {"op": dist.ReduceOp.AVG, "group": self._group, "async_op": True}
             return _Reduced(_reduce_scatter_single(out, bucket, **mean), out)
         rows = out.new_empty(self.world_size, out.numel())
-        handle = dist.all_to_all_single(
-            _as_bytes(rows),
-            _as_bytes(bucket),
-            [out.numel() * out.itemsize] * self.world_size,
-            [size * bucket.itemsize for size in sizes],
+        handle = self.all_to_all(bucket, sizes, rows, [out.numel()] * self.world_size)
+        return _Reduced(handle, out, rows)
+
+    def all_to_all(
+        self, send: Tensor, send_sizes: Sequence[int], out: Tensor, out_sizes: Sequence[int]
+    ) -> Handle:
+        """See the base class."""
+        return dist.all_to_all_single(
+            _as_bytes(out),
+            _as_bytes(send),
+            [size * out.itemsize for size in out_sizes],
+            [size * send.itemsize for size in send_sizes],
             group=self._group,
             async_op=True,
         )
-        return _Reduced(handle, out, rows)
 
     def all_gather_rows(self, row: Tensor) -> Tensor:
         """See the base class."""

@@ -14,12 +14,20 @@
 from shardopt.gradients.base import Facts, Gradients
 from shardopt.gradients.methods import GradientMethods
 from shardopt.gradients.reducer import Reducer
+from shardopt.gradients.refusals import refuse_ddp, refuse_gradients
 from shardopt.gradients.replicated import Replicated
 from shardopt.gradients.report import Verdict
 from shardopt.policies import Guards
 from shardopt.shard import Shard
 
-__all__ = ["GradientMethods", "Gradients", "Verdict", "gradients_of"]
+__all__ = [
+    "GradientMethods",
+    "Gradients",
+    "Verdict",
+    "gradients_of",
+    "refuse_ddp",
+    "refuse_gradients",
+]
 
 
 def gradients_of(kind: str, shard: Shard, guards: Guards, facts: Facts) -> Gradients:

@@ -48,6 +48,10 @@ class Gradients(ABC):
     def of(self, index: int) -> Tensor | None:
         """The gradient of this rank's segment of a parameter, shaped as the segment's tensor."""
 
+    def sparse(self) -> frozenset[int]:
+        """Indices of parameters cut at elements whose gradients are sparse; alike on all ranks."""
+        return frozenset()
+
     @abstractmethod
     def clip_norm(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
         """Scale the gradients of all ranks to a norm of at most ``max_norm``. Collective.

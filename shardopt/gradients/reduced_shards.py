@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shardopt.comm.collectives import Reduction
 from shardopt.errors import UnsupportedError
-from shardopt.layout import Bucket
+from shardopt.layout import Atom, Bucket
 from shardopt.shard import Shard
 
 MAX_IN_FLIGHT = 2
@@ -55,7 +55,8 @@ class ReducedShards:
         rank = self._shard.collectives.rank
         buckets = zip(self._shard.layout.buckets, self._shard.buffers.buckets, strict=True)
         for bucket, buffer in list(buckets)[len(self._means) :]:
-            numel = bucket.borders[rank + 1] - bucket.borders[rank]
+            by_rows = bucket.atom is Atom.ROW  # its gradients are sparse: see RowMeans
+            numel = 0 if by_rows else bucket.borders[rank + 1] - bucket.borders[rank]
             self._means.append(self._shard.collectives.allocate(numel, bucket.dtype, buffer.device))
 
     @property
@@ -157,7 +158,11 @@ class ReducedShards:
         fit = next((i for i, buffer in enumerate(free) if buffer.numel() >= bucket.numel), None)
         if fit is not None:
             return free.pop(fit)
-        largest = max(buffer.numel() for buffer in buffers if (buffer.dtype, buffer.device) == key)
+        largest = max(
+            buffer.numel()
+            for bucket, buffer in zip(self._shard.layout.buckets, buffers, strict=True)
+            if (buffer.dtype, buffer.device) == key and bucket.atom is not Atom.ROW
+        )
         return self._shard.collectives.allocate(largest, *key)
 
     def _land(self) -> None:

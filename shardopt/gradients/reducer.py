@@ -22,10 +22,12 @@ from shardopt.gradients.report import (
     to_bits,
 )
 from shardopt.gradients.rounds import Rounds
+from shardopt.gradients.row_means import RowMeans
 from shardopt.guard import agree, digest
 from shardopt.policies import Guards
 from shardopt.shard import Shard
 
+_DENSE, _ROWS = 1, 2  # kinds of gradients
 _ALIKE = "set options, and call backward(), step() and clip_grad_norm_(), alike on every rank"
 
 
@@ -44,7 +46,9 @@ class Reducer(Gradients):
 
     def __init__(self, shard: Shard, guards: Guards, facts: Facts, *, keeps: bool):
         super().__init__(shard, guards, facts)
-        self._rounds = Rounds(shard, keeps=keeps, looks=guards.nonfinite != "ignore")
+        looks = guards.nonfinite != "ignore"
+        self._rounds = Rounds(shard, keeps=keeps, looks=looks)
+        self._rows = RowMeans(shard, adds=not keeps, looks=looks)
         self._settled: tuple[float | None, int, Verdict] | None = None
 
     def extend(self) -> None:
@@ -63,16 +67,19 @@ class Reducer(Gradients):
             said: what else the user said, on which ranks must agree.
         """
         known = self._known(norm_type)
-        if known and not self._rounds.has_more() and not self._rounds.changed():
+        if known and not self._has_more() and not self._rounds.changed():
             return known
         self._rounds.abandon(retries=False)
         reports, powers = self._exchange(norm_type, said)
         self._refuse_uneven(reports, norm_type, said)
         everything = False  # the first round may end one that is half-way on some ranks
         while any(report.more for report in reports):
-            self._rounds.close(everything=everything)
+            if any(report.more & _DENSE for report in reports):
+                self._rounds.close(everything=everything)
+                everything = True
+            if any(report.more & _ROWS for report in reports):
+                self._rows.exchange()
             reports, powers = self._exchange(norm_type, said)
-            everything = True
         self._rounds.follow_training()
         verdict = judge(reports, powers, self.shard.names, self.guards)
         self._rounds.means.wait()
@@ -89,16 +96,21 @@ class Reducer(Gradients):
         """See the base class."""
         verdict = self._known(None)
         assert verdict is not None, "settle comes first"
-        return self._rounds.means.of(index) if index in verdict.present else None
+        if index not in verdict.present:
+            return None
+        mean = self._rows.of(index)
+        return self._rounds.means.of(index) if mean is None else mean
 
     def zero(self) -> None:
         """See the base class."""
         self._rounds.abandon(retries=True)
         self._rounds.forget()
+        self._rows.clear()
 
     def consume(self) -> None:
         """See the base class."""
         self._rounds.forget()
+        self._rows.clear()
         for parameter in self.shard.parameters:
             parameter.grad = None
         self._rounds.hook()
@@ -113,7 +125,7 @@ class Reducer(Gradients):
                 "guards=Guards(nonfinite=...)"
             )
         factor = norms.clip_factor(total, max_norm)
-        for tensor in self._rounds.means.tensors():
+        for tensor in self._means():
             tensor.mul_(factor.to(tensor.device, non_blocking=True))
         self._forget_norm()
         double = any(parameter.dtype is torch.float64 for parameter in self.shard.parameters)
@@ -122,14 +134,14 @@ class Reducer(Gradients):
     def clip_value(self, clip_value: float) -> None:
         """See the base class."""
         self.settle(None, clip_value=clip_value)
-        for tensor in self._rounds.means.tensors():
+        for tensor in self._means():
             tensor.clamp_(-clip_value, clip_value)
         self._forget_norm()
 
     def unscale(self, inverse: Tensor, found: Tensor) -> None:
         """See the base class."""
         self.settle()
-        for tensor in self._rounds.means.tensors():
+        for tensor in self._means():
             device = tensor.device
             torch._amp_foreach_non_finite_check_and_unscale_(
                 [tensor], here := found.to(device), inverse.to(device)
@@ -142,6 +154,14 @@ class Reducer(Gradients):
         if self._settled is not None:
             self._settled = None, *self._settled[1:]
 
+    def _has_more(self) -> int:
+        """What kinds of gradients have come that the means do not know of."""
+        return _DENSE * self._rounds.has_more() | _ROWS * self._rows.has_more()
+
+    def _means(self) -> list[Tensor]:
+        """All that this rank has of the mean gradients."""
+        return self._rounds.means.tensors() + self._rows.tensors()
+
     # -- what ranks tell one another -----------------------------------------------------------
 
     def _exchange(
@@ -150,23 +170,24 @@ class Reducer(Gradients):
         """Every rank's report, and its sum of powers."""
         if norm_type is not None or self.guards.nonfinite != "ignore":
             self._rounds.means.wait()
-        tensors = self._rounds.means.tensors() if norm_type is not None else []
+        tensors = self._means() if norm_type is not None else []
         power = norms.power_sum(tensors, norm_type or 1.0, self._device)
         index, source = self._find_nonfinite()
         flags = [parameter.requires_grad for parameter in self.shard.parameters]
-        missing = [i for i, flag in enumerate(flags) if flag and i not in self._rounds.present]
+        present = self._rounds.present | self._rows.present
+        missing = [i for i, flag in enumerate(flags) if flag and i not in present]
         report = Report(
             rounds=self._rounds.num_rounds,
             lost=self._rounds.num_lost,
             facts=digest({**self.facts(norm_type), **said, "trained": crc32(bytes(flags))}),
-            more=int(self._rounds.has_more()),
+            more=self._has_more(),
             missing=missing[0] + 1 if missing else 0,
             num_missing=len(missing),
             changed=self._rounds.changed(),
             nonfinite=index + 1,
             source=source + 1,
             power=to_bits(float(power)) if _is_host(self._device) else 0,
-            present=frozenset(self._rounds.present),
+            present=frozenset(present),
         )
         reports = exchange(self.shard.collectives, report, len(self.shard.parameters))
         return reports, self._all_powers(reports, power)
@@ -210,12 +231,9 @@ class Reducer(Gradients):
 
     def _find_nonfinite(self) -> tuple[int, int]:
         """A parameter whose mean is not finite and the rank that brought it; -1 for none."""
-        if (
-            self.guards.nonfinite == "ignore"
-            or self._rounds.means.nonfinite
-            or _is_host(self._device)
-        ):
-            return self._rounds.means.nonfinite or (-1, -1)
+        known = self._rounds.means.nonfinite or self._rows.nonfinite
+        if self.guards.nonfinite == "ignore" or known or _is_host(self._device):
+            return known or (-1, -1)
         segments = {index: self._rounds.means.of(index) for index in self.shard.segments}
         held = {index: tensor for index, tensor in segments.items() if tensor is not None}
         number = int(norms.first_nonfinite(list(held.values()), self._device))  # waits for the GPU

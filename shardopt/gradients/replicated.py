@@ -22,7 +22,11 @@ class Replicated(Gradients):
         if self.guards.nonfinite == "ignore":
             return Verdict(present, False, powers)
         held = {index: self.of(index) for index in self.shard.segments}
-        tensors = {index: grad for index, grad in held.items() if grad is not None}
+        tensors = {
+            index: grad._values() if grad.is_sparse else grad
+            for index, grad in held.items()
+            if grad is not None
+        }
         device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
         number = int(norms.first_nonfinite(list(tensors.values()), device))  # waits for a GPU
         report = Report(
@@ -42,7 +46,14 @@ class Replicated(Gradients):
         grad = self.shard.parameters[index].grad
         if grad is None or index not in self.shard.segments:
             return None
+        if grad.is_sparse and self.shard.algorithm.coalesces:
+            grad = grad.coalesce()  # the whole one, as the class would: the order of a sum counts
         return self.shard.buffers.segment_of(grad, self.shard.segments[index][0])
+
+    def sparse(self) -> frozenset[int]:
+        """See the base class."""
+        gradients = enumerate(parameter.grad for parameter in self.shard.parameters)
+        return frozenset(i for i, grad in gradients if grad is not None and grad.is_sparse)
 
     def clip_norm(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
         """See the base class. torch's own: every rank has every gradient."""

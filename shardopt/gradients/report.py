@@ -30,7 +30,7 @@ class Report:
     rounds: int  # of reductions that it has taken part in
     lost: int  # of these, those whose backward an exception has ended
     facts: int  # hash of the steps taken, the options, and what it is about to do
-    more: int = 0  # whether it has gradients that want another round
+    more: int = 0  # whether it has gradients that want another round, and of which kinds
     missing: int = 0  # the first parameter that is trained and has no gradient here
     num_missing: int = 0
     changed: int = 0  # a parameter whose gradient was changed after it was sent; -1: one was lost

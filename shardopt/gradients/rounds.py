@@ -13,22 +13,20 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor
-from torch.autograd import Variable
-from torch.autograd.function import BackwardCFunction
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
 
+from shardopt.gradients.backward import at_end_of_backward, backward_number, is_nested
 from shardopt.gradients.reduced_shards import ReducedShards
 from shardopt.gradients.torch_clip import watch
+from shardopt.layout import Atom
 from shardopt.shard import Shard
 
 
@@ -67,6 +65,7 @@ class Rounds:
         self._sent: dict[int, tuple[TensorWeakRef, int]] = {}
         self._late: set[int] = set()
         self._began_empty = True
+        self._holds_rows = False  # an earlier backward has left gradients of those that are
         self._torn = False  # a lost round has added to the means
         _ALIVE.add(self)
         if not keeps:
@@ -115,6 +114,8 @@ class Rounds:
             self._streams.add(torch.cuda.current_stream(parameter.device))
         number, _ = self._shard.layout.place(index)
         assert self._next is not None
+        if index in self._shard.layout.by_rows:
+            return
         if index in self._arrived or number < self._next:
             if self._keeps:
                 self._late.add(index)
@@ -126,12 +127,15 @@ class Rounds:
 
     def _enter_backward(self) -> None:
         """Arrange to hear of the end of this backward, whatever ends it."""
-        task = torch._C._current_graph_task_id()
+        task = backward_number()
         if task in self._tasks:
             return
         self.abandon(retries=True)
         self._tasks.add(task)
-        Variable._execution_engine.queue_callback(_End(self, task, nested=_is_nested()))
+        nested = is_nested()
+        at_end_of_backward(
+            partial(self.leave_backward, task, nested), partial(self.abort_backward, task)
+        )
 
     def leave_backward(self, task: int, nested: bool) -> None:
         """A backward has ended well."""
@@ -151,13 +155,15 @@ class Rounds:
 
     def _open(self) -> None:
         self._next, self._arrived = 0, set()
-        self._began_empty = self.means.is_empty
+        self._began_empty = self.means.is_empty and not self._holds_rows
         self._missing = self._num_trained()
 
     def _num_trained(self) -> list[int]:
-        """How many parameters of each bucket want a gradient."""
+        """How many parameters of each bucket want a gradient that is reduced here."""
+        parameters = self._shard.parameters
         return [
-            sum(self._shard.parameters[slot.parameter].requires_grad for slot in bucket.slots)
+            sum(parameters[slot.parameter].requires_grad for slot in bucket.slots)
+            * (bucket.atom is not Atom.ROW)
             for bucket in self._shard.layout.buckets
         ]
 
@@ -169,11 +175,16 @@ class Rounds:
             self._launch(lost, everything)
         self._next = None
         self.num_rounds += 1
+        by_rows = (self._shard.parameters[index] for index in self._shard.layout.by_rows)
+        self._holds_rows |= any(parameter.grad is not None for parameter in by_rows)
 
     def _launch(self, lost: bool = False, everything: bool = False) -> None:
         """Reduce the next bucket, unless ranks have agreed that nothing in it is trained."""
         assert self._next is not None
         number = self._next
+        if self._shard.layout.buckets[number].atom is Atom.ROW:
+            self._next += 1
+            return
         members = [slot.parameter for slot in self._shard.layout.buckets[number].slots]
         parameters = {index: self._shard.parameters[index] for index in members}
         gradients = {i: p.grad for i, p in parameters.items() if p.grad is not None and not lost}
@@ -218,7 +229,7 @@ class Rounds:
         self.present.clear()
         self._sent.clear()
         self._late.clear()
-        self._torn = False
+        self._torn = self._holds_rows = False
         self.num_changes += 1
 
     def tear(self) -> None:
@@ -230,6 +241,7 @@ class Rounds:
         return self._next is not None or any(
             self._is_new(index, parameter.grad)
             for index, parameter in enumerate(self._shard.parameters)
+            if index not in self._shard.layout.by_rows
         )
 
     def _is_new(self, index: int, gradient: Tensor | None) -> bool:
@@ -269,32 +281,8 @@ class Rounds:
 _ALIVE: WeakSet[Rounds] = WeakSet()
 
 
-class _End:
-    """Autograd calls it at the end of a backward; if an exception ends it, drops it uncalled."""
-
-    def __init__(self, rounds: Rounds, task: int, nested: bool):
-        self._rounds, self._task, self._nested = rounds, task, nested
-        self._called = False
-
-    def __call__(self) -> None:
-        self._called = True
-        self._rounds.leave_backward(self._task, self._nested)
-
-    def __del__(self) -> None:
-        if not self._called:
-            self._rounds.abort_backward(self._task)
-
-
 def _call(rounds: ref[Rounds], index: int, parameter: Tensor) -> None:
     """A hook does not keep the optimizer alive."""
     alive = rounds()
     if alive is not None:
         alive.on_gradient(index, parameter)
-
-
-def _is_nested() -> bool:
-    """Whether this backward runs within another one, as reentrant checkpointing's does."""
-    frame: Any = sys._getframe()
-    while frame is not None and frame.f_code is not BackwardCFunction.apply.__code__:
-        frame = frame.f_back
-    return frame is not None

@@ -140,11 +140,16 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Layout:
-    """All buckets of an optimizer, proved: aligned, in bounds, disjoint, complete."""
+    """All buckets of an optimizer, proved: aligned, in bounds, disjoint, complete.
+
+    Attributes:
+        by_rows: indices of the parameters that are cut between rows.
+    """
 
     parameters: tuple[ParameterSpec, ...]
     world_size: int
     buckets: tuple[Bucket, ...]
+    by_rows: frozenset[int] = field(init=False, repr=False, compare=False, hash=False)
     _places: dict[int, tuple[int, Slot]] = field(init=False, repr=False, compare=False, hash=False)
 
     def __post_init__(self) -> None:
@@ -156,10 +161,32 @@ class Layout:
                 places[slot.parameter] = (number, slot)
         assert sorted(places) == list(range(len(self.parameters))), "a parameter has no slot"
         object.__setattr__(self, "_places", places)
+        rows = (bucket.slots for bucket in self.buckets if bucket.atom is Atom.ROW)
+        object.__setattr__(self, "by_rows", frozenset(s.parameter for slots in rows for s in slots))
 
     def place(self, parameter: int) -> tuple[int, Slot]:
         """Number of the bucket that holds ``parameter``, and its slot there."""
         return self._places[parameter]
+
+    def atom_of(self, parameter: int) -> Atom:
+        """What a shard border may not cut of a parameter."""
+        return self.buckets[self._places[parameter][0]].atom
+
+    def shape_of(self, segment: Segment) -> tuple[int, ...]:
+        """Shape of a segment: of its whole parameter, of some rows of it, or of elements."""
+        spec = self.parameters[segment.parameter]
+        if segment.whole:
+            return spec.shape
+        if segment.parameter in self.by_rows:
+            return (segment.numel // spec.row_numel, *spec.shape[1:])
+        return (segment.numel,)
+
+    def row_borders(self, parameter: int) -> tuple[int, ...]:  # world_size + 1
+        """The first row of each rank's part of a parameter, and one past its last row."""
+        number, slot = self._places[parameter]
+        row_numel = max(self.parameters[parameter].row_numel, 1)
+        inside = (min(max(b, slot.start), slot.stop) for b in self.buckets[number].borders)
+        return tuple((border - slot.start) // row_numel for border in inside)
 
     def numel(self, rank: int) -> int:
         """Parameter elements that ``rank`` updates, without gaps and padding."""

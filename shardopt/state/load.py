@@ -210,7 +210,7 @@ def _receive_parts(
         segment, _ = shard.segments[key]
         if not segment.whole:
             specs = {
-                name: TensorSpec((segment.numel,), (1,), spec.dtype)
+                name: TensorSpec.contiguous(shard.layout.shape_of(segment), spec.dtype)
                 if name in shard.algorithm.per_element and isinstance(spec, TensorSpec)
                 else spec
                 for name, spec in specs.items()

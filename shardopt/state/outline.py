@@ -26,6 +26,11 @@ class TensorSpec:
         """Describe ``tensor`` as a dense copy of it would be."""
         return TensorSpec(tuple(tensor.shape), tuple(dense_strides(tensor)), tensor.dtype)
 
+    @staticmethod
+    def contiguous(shape: tuple[int, ...], dtype: torch.dtype) -> TensorSpec:
+        """A contiguous tensor of ``shape``."""
+        return TensorSpec.of(torch.empty(shape, dtype=dtype, device="meta"))
+
     def empty(self) -> Tensor:
         """A tensor like that, on the CPU."""
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="cpu")

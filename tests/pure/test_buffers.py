@@ -76,7 +76,8 @@ def assert_owns_its_storage(tensor: Tensor) -> None:
 
 
 def lies_in(tensor: Tensor, memory: Tensor) -> bool:
-    return 0 <= tensor.data_ptr() - memory.data_ptr() < memory.nbytes
+    storage = memory.untyped_storage()  # smaller than the tensor, if that is expanded
+    return 0 <= tensor.data_ptr() - storage.data_ptr() < storage.nbytes()
 
 
 # -- what a parameter keeps ------------------------------------------------------------------------

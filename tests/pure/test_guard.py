@@ -128,8 +128,17 @@ def test_lazy_conjugates_and_negatives_are_resolved():
     assert fingerprint(tensor.conj().imag) == fingerprint(-tensor.imag)
 
 
-def test_a_sparse_tensor_has_the_fingerprint_of_its_values():
-    assert fingerprint(torch.eye(4).to_sparse()) == fingerprint(torch.eye(4))
+def test_a_sparse_tensor_has_the_fingerprint_of_its_entries():
+    """However they are ordered, and without its dense form."""
+
+    def sparse(rows, *values, size=1 << 40):
+        indices, entries = torch.tensor([rows]), torch.tensor(values, dtype=torch.float32)
+        return torch.sparse_coo_tensor(indices, entries, (size,), check_invariants=False)
+
+    one = fingerprint(sparse([2, 5], 1, 3))
+    assert one == fingerprint(sparse([5, 2], 3, 1)) == fingerprint(sparse([5, 2, 5], 1, 1, 2))
+    others = [sparse([2, 6], 1, 3), sparse([2, 5], 3, 1), sparse([2, 5], 1, 4), sparse([2], 1)]
+    assert len({one, *map(fingerprint, others)}) == 5
 
 
 def test_long_tensors_are_hashed_in_chunks(monkeypatch):

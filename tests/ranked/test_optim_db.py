@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch.optim import LBFGS, SGD, Adam, SparseAdam
+from torch.optim import LBFGS, SGD, Adam
 
 from shardopt import ShardedOptimizer
 from shardopt.algos import algorithm_for
@@ -22,7 +22,6 @@ ENTRIES = {info.optim_cls.__name__: info for info in optim_db}
 ELSEWHERE = "failed where this one did not"
 REFUSED = {
     # name: (class, options, words of the error)
-    "SparseAdam": (SparseAdam, {}, "SparseAdam is not supported yet.* use torch.optim.SparseAdam"),
     "LBFGS": (LBFGS, {}, "LBFGS is not supported yet.* use torch.optim.LBFGS"),
     "compiled": (SGD, {"kernel": "compiled"}, "kernel='compiled' is not supported yet; use"),
     **{

@@ -32,6 +32,10 @@ class Counted(Collectives):
         self.calls.append(("reduce_scatter", bucket.numel()))
         return self.inner.reduce_scatter(bucket, borders, out)
 
+    def all_to_all(self, send, send_sizes, out, out_sizes):
+        self.calls.append(("all_to_all", send.numel()))
+        return self.inner.all_to_all(send, send_sizes, out, out_sizes)
+
     def all_gather_rows(self, row):
         self.calls.append(("all_gather_rows", row.numel()))
         return self.inner.all_gather_rows(row)

@@ -8,7 +8,8 @@ import copy
 
 import pytest
 import torch
-from torch.optim import Adafactor, AdamW
+from torch import nn
+from torch.optim import Adafactor, AdamW, SparseAdam
 
 from shardopt import Guards, ShardedOptimizer
 from shardopt.comm.torch_group import TorchCollectives
@@ -59,6 +60,10 @@ class DeferredCollectives(TorchCollectives):
 
         reduction._start = start
         return reduction
+
+    def all_to_all(self, send, send_sizes, out, out_sizes):
+        start = super().all_to_all
+        return Deferred(lambda: start(send, send_sizes, out, out_sizes))
 
     def broadcast(self, tensor, source):
         start = super().broadcast
@@ -126,6 +131,27 @@ def test_gradients_wait_for_what_they_use(kind, on_host, rank, world_size, monke
             torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0)
         twin.step()
         assert_same_parameters(ours, theirs)
+
+
+@on_ranks(2, 3)
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_tables_wait_for_what_they_use(kind, rank, world_size):
+    tables = [nn.Embedding(60, 5, sparse=True, _weight=torch.ones(60, 5)) for _ in range(2)]
+    optimizer = ShardedOptimizer(
+        tables[0].parameters(), SparseAdam, DeferredCollectives(), gradients=kind
+    )
+    twin = SparseAdam(tables[1].parameters())
+
+    def look_up(table, step, one):
+        return (table(torch.tensor([one, 30 + step, 59 - one])) * (1 + one)).sum()
+
+    for step in range(3):
+        look_up(tables[0], step, rank).backward()
+        torch.stack([look_up(tables[1], step, one) for one in range(world_size)]).mean().backward()
+        optimizer.step()
+        twin.step()
+        twin.zero_grad()
+        torch.testing.assert_close(tables[0].weight, tables[1].weight, rtol=1e-6, atol=0)
 
 
 @on_ranks(2, 3)

@@ -203,7 +203,7 @@ def test_defaults_of_today_win(name):
     """Without options a group holds what it holds in the torch at hand."""
     optimizer_class = getattr(torch.optim, name)
     parameter = Parameter(torch.ones(3))
-    if name in ("SparseAdam", "LBFGS"):  # each has an issue of its own
+    if name == "LBFGS":  # it has an issue of its own
         with pytest.raises(UnsupportedError, match=name):
             ShardedOptimizer([parameter], optimizer_class)
         return

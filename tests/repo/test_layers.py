@@ -13,8 +13,8 @@ from tests.repo.source import PACKAGE, ROOT, imported_names, module_name, module
 LEVELS = (
     {"errors", "layout", "policies"},
     {"comm", "algos", "sched"},
-    {"buffers", "planner"},
-    {"guard", "shard", "update", "arrivals", "local_state", "validation", "gradients"},
+    {"sparse", "buffers", "planner"},
+    {"guard", "shard", "rows", "update", "arrivals", "local_state", "validation", "gradients"},
     {"optimizer", "state"},
     {"checkpoint", "scaler"},
     {"cli", "__main__", "integrations", "compat", "selftest"},

@@ -39,6 +39,7 @@ METRIC = "test_sched.py::test_plateau_decides_alike_from_different_metrics"
 
 GRADIENTS = "test_waits.py::test_gradients_wait_for_what_they_use"
 OTHER_LR = "test_waits.py::test_another_lr_on_one_rank_is_named_before_the_step"
+ROWS = "test_waits.py::test_rows_of_tables_wait_for_what_they_use"
 FORGOTTEN = "test_waits.py::test_what_is_forgotten_has_arrived_before"
 LOOKS = "test_overlap.py::test_looking_waits"
 DROPPED = "test_overlap.py::test_changing_a_parameter_and_dropping_the_optimizer_wait"
@@ -63,7 +64,7 @@ KILLERS = {
     "comm/mesh.py::MeshCollectives.send": MESH_STATE,
     "comm/mesh.py::MeshCollectives.receive": MESH_STATE,
     "comm/torch_group.py": WAITS,
-    "comm/torch_group.py::TorchCollectives.reduce_scatter": GRADIENTS,
+    "comm/torch_group.py::TorchCollectives.all_to_all": GRADIENTS,
     "comm/torch_group.py::_Reduced": GRADIENTS,
     "comm/torch_group.py::_know_equally_many_groups": SUBGROUPS,
     "comm/transfer.py": WAITS,
@@ -91,6 +92,7 @@ KILLERS = {
     "optimizer.py::ShardedOptimizer.agree": SCHEDULE,
     "optimizer.py::ShardedOptimizer.step": TWO_STEPS,
     "optimizer.py::ShardedOptimizer._update": REFUSED_STEP,
+    "rows.py": ROWS,
     "scaler.py": SCALER,
     "sched/agreement.py": SCHEDULE,
     "sched/plateau.py": METRIC,

@@ -1,0 +1,78 @@
+"""Gradients, and whoever brings them, that are refused before a step."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from shardopt.errors import ParameterError, UnsupportedError
+from shardopt.layout import Atom
+from shardopt.shard import Group, Shard
+
+
+def refuse_gradients(shard: Shard, *, made_dense: bool) -> None:
+    """Refuse gradients that cannot be cut as their parameters are; warn of parameters no model has.
+
+    Args:
+        shard: the parameters.
+        made_dense: whether sparse gradients become dense on their way, but for those cut by rows.
+    """
+    names, parameters = shard.names, shard.parameters
+    references = [sys.getrefcount(parameter) for parameter in parameters]
+    abandoned = []
+    for index, (name, parameter, count) in enumerate(
+        zip(names, parameters, references, strict=True)
+    ):
+        grad = parameter.grad
+        if grad is None and parameter.requires_grad and count <= _OUR_REFERENCES:
+            abandoned.append(name)
+        atom = shard.layout.atom_of(index)
+        if grad is None or atom is Atom.TENSOR:
+            continue
+        if made_dense and atom is Atom.ROW and grad.is_sparse and grad.sparse_dim() != 1:
+            raise ParameterError(
+                f"parameter {name!r}: expected a gradient with one sparse dimension, as of an "
+                f"embedding, got {grad.sparse_dim()}; use gradients='replicated'"
+            )
+        allowed = shard.algorithm.gradient_layouts
+        if grad.layout not in allowed and not (made_dense and torch.strided in allowed):
+            expected = "dense" if torch.strided in allowed else "sparse"
+            remedy = (
+                "use sparse=False in its embedding, or assign parameter.grad.to_dense()"
+                if expected == "dense"
+                else "use sparse=True in its embedding, or a class that takes dense ones (Adam)"
+            )
+            raise ParameterError(
+                f"parameter {name!r}: expected a {expected} gradient for "
+                f"{shard.algorithm.optimizer_class.__name__}, got {grad.layout}; {remedy}"
+            )
+    if abandoned:
+        warnings.warn(
+            f"parameter {abandoned[0]!r} has no gradient, and nothing but the optimizer holds it "
+            "any more: the model has another now, as after load_state_dict(assign=True), or when a "
+            "model and its optimizer are deep-copied apart; construct ShardedOptimizer after that, "
+            "load with assign=False, or copy both at once: copy.deepcopy((model, optimizer))",
+            stacklevel=5,
+        )
+
+
+# Of a parameter that nobody else holds: those of a list, of the loop and of the call, which Python
+# versions count differently, and that of its group.
+_OUR_REFERENCES = next(sys.getrefcount(item) for item in [object()]) + 1
+
+
+def refuse_ddp(groups: Sequence[Group]) -> None:
+    """Refuse parameters of a model under DistributedDataParallel, which would reduce them too."""
+    ours = {id(parameter) for group in groups for parameter in group["params"]}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.nn.parallel.DistributedDataParallel) and any(
+            id(parameter) in ours for parameter in thing.parameters()
+        ):
+            raise UnsupportedError(
+                "the model is wrapped in DistributedDataParallel, which averages gradients itself; "
+                "pass gradients='replicated', or use the model without DistributedDataParallel"
+            )
