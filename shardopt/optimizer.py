@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shardopt import update, validation
-from shardopt.algos import algorithm_for
+from shardopt.algos import Algorithm, algorithms_for, class_name
 from shardopt.arrivals import Arrivals
 from shardopt.comm import Collectives, choose_collectives
 from shardopt.gradients import (
@@ -41,7 +41,8 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer):
     parameters become views of flat buffers; they stay the same objects.
 
     Args:
-        params: parameters, named parameters, or dicts of groups, as for any optimizer.
+        params: parameters, named parameters, or dicts of groups, as for any optimizer. A group
+            that has ``"optimizer_class"`` is that class's, with its defaults and no ``options``.
         optimizer_class: any subclass of ``torch.optim.Optimizer``. The element-wise ones of
             ``torch.optim`` are cut evenly; others get whole parameters, placed by cost, and must
             update each parameter from its own gradient and state alone.
@@ -99,12 +100,12 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer):
             entries = validation.listed(params)
             super().__init__(entries, validation.probe(optimizer_class, entries, options).defaults)
             validation.refuse_policies(**policies, bucket_cap_mb=bucket_cap_mb)
-            validation.refuse_class(algorithm_for(optimizer_class))
-            validation.refuse_parameters(self.param_groups, algorithm_for(optimizer_class))
+            algorithms = algorithms_for(entries, optimizer_class)
+            validation.refuse_parameters(self.param_groups, algorithms)
             if gradients != "replicated":
                 refuse_ddp(self.param_groups)
         self._shard = Shard(
-            algorithm_for(optimizer_class),
+            optimizer_class,
             self.collectives,
             kernel=kernel,
             bucket_bytes=int(bucket_cap_mb * (1 << 20)),
@@ -113,8 +114,8 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer):
         self._snapshot = Snapshot(self._shard)
         self._arrivals = Arrivals(self._shard)
         self._gradients = self._make_gradients()
-        name = f"{optimizer_class.__module__}.{optimizer_class.__qualname__}"
-        self._build(self.param_groups, {"the optimizer class": name, **policies})
+        facts = {"the optimizer class": class_name(optimizer_class), **policies}
+        self._build(self.param_groups, algorithms, facts)
         self._built = True
 
     # -- groups --------------------------------------------------------------------------------
@@ -129,19 +130,23 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer):
             with all_or_none(self.collectives):
                 validation.list_group(param_group)
                 validation.probe(self.optimizer_class, [param_group], self._shard.options)
+                algorithms = algorithms_for([param_group], self.optimizer_class)
                 super().add_param_group(param_group)
-                validation.refuse_parameters(self.param_groups, self._shard.algorithm)
-            self._build(self.param_groups[num_known:], {})
+                everything = [*self._shard.algorithms, *algorithms]
+                validation.refuse_parameters(self.param_groups, everything)
+            self._build(self.param_groups[num_known:], algorithms, {})
         except Exception:
             del self.param_groups[num_known:]
             raise
         self._snapshot.forget()
 
-    def _build(self, groups: list[Group], facts: dict[str, object]) -> None:
+    def _build(
+        self, groups: list[Group], algorithms: list[Algorithm], facts: dict[str, object]
+    ) -> None:
         """Agree with the other ranks on new ``groups``, then move their parameters into buckets."""
         known = len(self._shard.parameters)
         names = validation.parameter_names(self.param_groups)[known:]
-        layout = self._shard.plan(groups, names)
+        layout = self._shard.plan(groups, algorithms, names)
         first = len(self.param_groups) - len(groups)
         facts = {
             **facts,
@@ -153,7 +158,7 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer):
         if self.guards.replicas and not self._gradients.reduces:
             agree_on_values(self.collectives, names, unique_parameters(groups))
         first_bucket = len(self._shard.layout.buckets)
-        self._shard.extend(layout, groups, all_or_none(self.collectives))
+        self._shard.extend(layout, groups, algorithms, all_or_none(self.collectives))
         if self._gradients.reduces:
             update.broadcast(self._shard, first_bucket)
         self._gradients.extend()

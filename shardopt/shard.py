@@ -18,7 +18,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from shardopt.algos import Algorithm
+from shardopt.algos import Algorithm, class_name
+from shardopt.algos.mixture import CLASS, instance_of, joined
 from shardopt.buffers import ParameterBuffers
 from shardopt.comm import Collectives
 from shardopt.errors import ParameterError, UnsupportedError
@@ -36,21 +37,23 @@ class Shard:
         buffers: the parameters and their memory.
         names: of the parameters, for messages.
         segments: parameter index -> its segment on this rank and the tensor the class updates.
-        optim: the local instance of the optimizer class, one group to each of the user's.
+        algorithms: how the class of each group is sharded.
+        optim: the local instance of the optimizer class, one group to each of the user's; a
+            ``Mixture`` of instances where groups name classes of their own.
     """
 
     optim: Optimizer
 
     def __init__(
         self,
-        algorithm: Algorithm,
+        optimizer_class: type[Optimizer],  # of groups that name none
         collectives: Collectives,
         *,
         kernel: str,
         bucket_bytes: int,
         options: Mapping[str, Any],  # of the class, as its constructor takes them
     ):
-        self.algorithm = algorithm
+        self.optimizer_class = optimizer_class
         self.collectives = collectives
         self.kernel = kernel
         self.bucket_bytes = bucket_bytes
@@ -60,14 +63,19 @@ class Shard:
         self.segments: dict[int, tuple[Segment, Tensor]] = {}
         self.names: list[str] = []
         self._index: dict[int, int] = {}  # id of the user's tensor -> parameter index
+        self.algorithms: list[Algorithm] = []  # by group
+        self._algorithm_of: list[Algorithm] = []  # by parameter
         self._may_fuse: list[bool] = []  # by group
-        self._members: list[list[int]] = []  # by group: ids of its parameters
+        self._members: list[tuple[str, list[int]]] = []  # by group: its class, its parameters' ids
 
     # -- building ------------------------------------------------------------------------------
 
-    def plan(self, groups: Sequence[Group], names: Sequence[str]) -> Layout:
+    def plan(
+        self, groups: Sequence[Group], algorithms: Sequence[Algorithm], names: Sequence[str]
+    ) -> Layout:
         """The layout with the parameters of new ``groups`` added. Moves nothing."""
         parameters = unique_parameters(groups)
+        per_parameter = by_parameter(groups, algorithms)
         devices = list(dict.fromkeys(p.device for p in [*self.parameters, *parameters]))
         specs = [
             ParameterSpec(
@@ -75,13 +83,13 @@ class Shard:
                 shape=tuple(parameter.shape),
                 dtype=parameter.dtype,
                 device=devices.index(parameter.device),
-                cost=self.algorithm.cost(tuple(parameter.shape)),
+                cost=algorithm.cost(tuple(parameter.shape)),
             )
-            for name, parameter in zip(names, parameters, strict=True)
+            for name, parameter, algorithm in zip(names, parameters, per_parameter, strict=True)
         ]
         return plan_layout(
             specs,
-            self.algorithm.atom,
+            [algorithm.atom for algorithm in per_parameter],
             world_size=self.collectives.world_size,
             bucket_bytes=self.bucket_bytes,
             extend=self.layout,
@@ -91,6 +99,7 @@ class Shard:
         self,
         layout: Layout,
         groups: Sequence[Group],
+        algorithms: Sequence[Algorithm],  # of the new groups
         guard: AbstractContextManager[None] | None = None,
     ) -> None:
         """Move the parameters of new ``groups`` into buckets and give the class their segments.
@@ -110,8 +119,10 @@ class Shard:
                 tensor = self.buffers.segment(number, segment)
                 tensor.requires_grad_(tensor.is_floating_point() or tensor.is_complex())
                 self.segments[segment.parameter] = (segment, tensor)
-        for group in groups:
-            self._may_fuse.append(_may_fuse(group["params"], self.algorithm))
+        self.algorithms += algorithms
+        self._algorithm_of += by_parameter(groups, algorithms)
+        for group, algorithm in zip(groups, algorithms, strict=True):
+            self._may_fuse.append(_may_fuse(group["params"], algorithm))
         try:
             with guard or nullcontext():
                 fresh = self._construct(groups)
@@ -119,7 +130,7 @@ class Shard:
             self._retract(known)
             raise
         self._take(fresh)
-        self._members += [[id(parameter) for parameter in group["params"]] for group in groups]
+        self._members += [self._membership(group) for group in groups]
 
     def _retract(self, known: Layout) -> None:
         """Undo the part of ``extend`` that went before a failure."""
@@ -128,7 +139,9 @@ class Shard:
         self.buffers.release(known)
         self.layout = known
         self.names = self.names[: len(known.parameters)]
-        del self._may_fuse[len(self._members) :]
+        del self._algorithm_of[len(known.parameters) :]
+        for by_group in (self.algorithms, self._may_fuse):
+            del by_group[len(self._members) :]
 
     def _construct(self, groups: Sequence[Group]) -> Optimizer:
         """An instance of the class over this rank's segments of new ``groups``."""
@@ -139,7 +152,7 @@ class Shard:
             tensors = [self.segments[index][1] for index in held if index in self.segments]
             local.append({**self.inner_options(number, group), "params": tensors})
         with _told_of_duplicates():
-            fresh = self.algorithm.optimizer_class(local, **self.options)
+            fresh = self.instance(local, first)
         if len(fresh.param_groups) != len(local):
             raise UnsupportedError(
                 f"{type(fresh).__name__} makes {len(fresh.param_groups)} groups out of "
@@ -147,25 +160,36 @@ class Shard:
             )
         return fresh
 
+    def instance(self, groups: Sequence[Group], first: int = 0) -> Optimizer:
+        """An instance of the class or classes over stand-ins for the groups from ``first`` on."""
+        named = [
+            {**group, CLASS: self.algorithms[number].optimizer_class} if CLASS in group else group
+            for number, group in enumerate(groups, first)
+        ]
+        return instance_of(self.optimizer_class, named, self.options)
+
     def _take(self, fresh: Optimizer) -> None:
         """Adopt a new instance, or its groups and what it keeps for their parameters (Adagrad)."""
-        if not hasattr(self, "optim"):
-            self.optim = fresh
-            return
         with _told_of_duplicates():
-            for group in fresh.param_groups:
-                self.optim.add_param_group(group)
-        self.optim.state.update({k: s for k, s in fresh.state.items() if isinstance(k, Tensor)})
+            known = getattr(self, "optim", None)
+            self.optim = joined(known, fresh, self.options) if known else fresh
+
+    def class_of(self, group: Group) -> str:
+        """The full name of a group's class, as the group has it."""
+        return str(group.get(CLASS, class_name(self.optimizer_class)))
+
+    def _membership(self, group: Group) -> tuple[str, list[int]]:
+        return self.class_of(group), [id(parameter) for parameter in group["params"]]
 
     def check_groups(self, groups: Sequence[Group]) -> None:
-        """Refuse groups whose parameters are not those that were built."""
-        members = [[id(parameter) for parameter in group["params"]] for group in groups]
+        """Refuse groups whose parameters or classes are not those that were built."""
+        members = [self._membership(group) for group in groups]
         if members == self._members:
             return
         pairs = zip_longest(members, self._members)
         number = next(i for i, (now, built) in enumerate(pairs) if now != built)
         raise ParameterError(
-            "param_groups: expected the groups and parameters that the optimizer was built with, "
+            "param_groups: expected the groups, their parameters and classes as they were built, "
             f"got others from group {number} on; use add_param_group, or construct "
             "ShardedOptimizer anew and load the state"
         )
@@ -173,13 +197,13 @@ class Shard:
     def clone(self, groups: Sequence[Group]) -> Shard:
         """A shard of its own over copies of the parameters, in ``groups``, with equal state."""
         twin = Shard(
-            self.algorithm,
+            self.optimizer_class,
             self.collectives,
             kernel=self.kernel,
             bucket_bytes=self.bucket_bytes,
             options=self.options,
         )
-        twin.extend(self.layout, groups)
+        twin.extend(self.layout, groups, self.algorithms)
         for index, (_, tensor) in self.segments.items():
             if tensor in self.optim.state:
                 twin.optim.state[twin.segments[index][1]] = copy.deepcopy(self.optim.state[tensor])
@@ -207,7 +231,7 @@ class Shard:
             self.kernel == "auto"
             and free
             and self._may_fuse[number]
-            and self.algorithm.fused(group)
+            and self.algorithms[number].fused(group)
             and not any(self._index[id(parameter)] in sparse for parameter in group["params"])
         ):
             options["fused"] = True
@@ -227,6 +251,10 @@ class Shard:
             }
             for inner, group in zip(self.optim.param_groups, saved, strict=True)
         ]
+
+    def algorithm_of(self, index: int) -> Algorithm:
+        """How a parameter is sharded."""
+        return self._algorithm_of[index]
 
     def holds(self, parameter: Tensor) -> bool:
         """Whether it is one of the user's tensors here."""
@@ -248,6 +276,12 @@ def _told_of_duplicates() -> Iterator[None]:
 def unique_parameters(groups: Sequence[Group]) -> list[Tensor]:
     """The parameters of ``groups`` in order, each once."""
     return list({id(p): p for group in groups for p in group["params"]}.values())
+
+
+def by_parameter(groups: Sequence[Group], algorithms: Sequence[Algorithm]) -> list[Algorithm]:
+    """The algorithm of each of ``unique_parameters(groups)``."""
+    pairs = zip(groups, algorithms, strict=True)
+    return list({id(p): algorithm for group, algorithm in pairs for p in group["params"]}.values())
 
 
 def _may_fuse(parameters: Sequence[Tensor], algorithm: Algorithm) -> bool:

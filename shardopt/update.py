@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
+from shardopt.algos.mixture import step_without_hooks
 from shardopt.comm.collectives import Handle
 from shardopt.layout import Atom
 from shardopt.rows import gather_rows
@@ -38,7 +38,7 @@ def update_buckets(
     pushed = [shard.inner_options(number, group, sparse) for number, group in enumerate(groups)]
     for inner, options in zip(inner_groups, pushed, strict=True):
         inner.update(options)
-    if shard.algorithm.separable:
+    if all(algorithm.separable for algorithm in shard.algorithms):
         whole = [inner["params"] for inner in inner_groups]
         try:
             for number, parts in enumerate(_by_bucket(shard)):
@@ -84,7 +84,7 @@ def _step_on(
             tensor.grad_dtype = grad.dtype  # as the user has set it on the parameter
         tensor.grad = grad
     try:
-        _step_without_hooks(shard.optim)
+        step_without_hooks(shard.optim)
     finally:
         for index in here:
             shard.segments[index][1].grad = None
@@ -118,11 +118,3 @@ def broadcast(shard: Shard, first: int) -> None:
     handles = [shard.collectives.broadcast(bucket, 0) for bucket in shard.buffers.buckets[first:]]
     for handle in handles:
         handle.wait()
-
-
-def _step_without_hooks(optim: Optimizer) -> None:
-    """``optim.step()`` without torch's hook wrapper: global hooks fire for the outer step."""
-    step = type(optim).step
-    if getattr(step, "hooked", False):
-        step = step.__wrapped__  # type: ignore[attr-defined]
-    step(optim)

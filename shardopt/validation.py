@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from shardopt.algos import Algorithm
+from shardopt.algos.mixture import instance_of
 from shardopt.comm import Collectives
 from shardopt.errors import UnsupportedError
 from shardopt.layout import Atom
 from shardopt.policies import Guards
-from shardopt.shard import NOT_OPTIONS, Group, unique_parameters
+from shardopt.shard import NOT_OPTIONS, Group, by_parameter, unique_parameters
 
 
 def listed(params: Any) -> Any:
@@ -86,7 +87,7 @@ def probe(
         warnings.simplefilter("ignore")  # what there is to warn of, the real construction warns of
         held = [replace(entry) for entry in entries] if isinstance(entries, list) else entries
         try:
-            return optimizer_class(held, **options)
+            return instance_of(optimizer_class, held, options)
         except (NotImplementedError, RuntimeError):
             if device != "meta":
                 raise
@@ -115,15 +116,6 @@ def refuse_policies(*, gradients: Any, kernel: Any, guards: Any, bucket_cap_mb: 
         raise ValueError(f"bucket_cap_mb: expected a positive number of MiB, got {bucket_cap_mb!r}")
 
 
-def refuse_class(algorithm: Algorithm) -> None:
-    """Refuse an optimizer class that shardopt cannot shard."""
-    if algorithm.refusal:
-        name = algorithm.optimizer_class.__name__
-        raise UnsupportedError(
-            f"{name} is not supported yet, since {algorithm.refusal}; use torch.optim.{name}"
-        )
-
-
 def _one_of(argument: str, value: Any, allowed: list[str], later: list[str]) -> None:
     expected = " or ".join(repr(choice) for choice in allowed)
     if isinstance(value, str) and value in later:
@@ -134,7 +126,7 @@ def _one_of(argument: str, value: Any, allowed: list[str], later: list[str]) -> 
         raise ValueError(f"{argument}: expected {expected}, got {value!r}")
 
 
-def refuse_parameters(groups: Sequence[Group], algorithm: Algorithm) -> None:
+def refuse_parameters(groups: Sequence[Group], algorithms: Sequence[Algorithm]) -> None:
     """Refuse parameters that cannot become views of buckets, or be cut between rows."""
     if any(group.get("differentiable") for group in groups):
         raise UnsupportedError(
@@ -142,7 +134,8 @@ def refuse_parameters(groups: Sequence[Group], algorithm: Algorithm) -> None:
             "the optimizer class itself"
         )
     names, parameters = parameter_names(groups), unique_parameters(groups)
-    for name, parameter in zip(names, parameters, strict=True):
+    per_parameter = by_parameter(groups, algorithms)
+    for name, parameter, algorithm in zip(names, parameters, per_parameter, strict=True):
         if torch.nn.parameter.is_lazy(parameter):
             raise UnsupportedError(
                 f"parameter {name!r} is not initialized; run a first forward pass before "

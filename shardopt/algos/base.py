@@ -36,6 +36,7 @@ class Algorithm:
             choice to us.
         fused_devices: device types on which it may.
         fuses_16_bits_on_cpu: whether it may there, for bf16 and fp16.
+        mixes: whether its groups may stand beside those of other classes.
         refusal: why the class cannot be used, or ``None``.
     """
 
@@ -50,6 +51,7 @@ class Algorithm:
     fused: Callable[[Mapping[str, Any]], bool] = lambda group: False
     fused_devices: frozenset[str] = frozenset()
     fuses_16_bits_on_cpu: bool = True
+    mixes: bool = True
     refusal: str | None = None
 
     def state_shape(self, name: str, shape: Shape) -> Shape | None:

@@ -22,13 +22,15 @@ any other                                            TENSOR   its update may rea
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from shardopt.algos.base import Algorithm, Shape
+from shardopt.algos.mixture import classes_of
+from shardopt.errors import UnsupportedError
 from shardopt.layout import Atom
 
 _KNOWN: dict[type[Optimizer], Algorithm] = {}
@@ -62,6 +64,29 @@ def algorithm_for(optimizer_class: type[Optimizer]) -> Algorithm:
             return algorithm
     unknown = Algorithm(optimizer_class=optimizer_class, atom=Atom.TENSOR)
     return _KNOWN.get(optimizer_class, unknown)
+
+
+def algorithms_for(entries: Sequence[Any], main: type[Optimizer]) -> list[Algorithm]:
+    """What is known of the class of each group; ``entries`` is what an optimizer is given.
+
+    Raises:
+        UnsupportedError: shardopt cannot shard a class, or not beside the others.
+    """
+    classes = classes_of(entries, main)
+    every = dict.fromkeys([main, *classes])
+    for algorithm in map(algorithm_for, every):
+        name = algorithm.optimizer_class.__name__
+        if algorithm.refusal:
+            raise UnsupportedError(
+                f"{name} is not supported yet, since {algorithm.refusal}; use torch.optim.{name}"
+            )
+        if not algorithm.mixes and len(every) > 1:
+            names = [known.__name__ for known in every]
+            raise UnsupportedError(
+                f"{name} cannot share an optimizer with other classes, got {', '.join(names)}; "
+                "give it a ShardedOptimizer of its own"
+            )
+    return [algorithm_for(its_class) for its_class in classes]
 
 
 def _know(optimizer_class: type[Optimizer], atom: Atom, **traits: Any) -> None:
@@ -138,4 +163,9 @@ _know(
     gradient_layouts=frozenset({torch.sparse_coo}),
     coalesces=True,
 )
-_know(_optim.LBFGS, Atom.TENSOR, refusal="its inner products have to be summed over ranks")
+_know(
+    _optim.LBFGS,
+    Atom.TENSOR,
+    mixes=False,
+    refusal="its inner products have to be summed over ranks",
+)

@@ -38,7 +38,8 @@ def refuse_gradients(shard: Shard, *, made_dense: bool) -> None:
                 f"parameter {name!r}: expected a gradient with one sparse dimension, as of an "
                 f"embedding, got {grad.sparse_dim()}; use gradients='replicated'"
             )
-        allowed = shard.algorithm.gradient_layouts
+        algorithm = shard.algorithm_of(index)
+        allowed = algorithm.gradient_layouts
         if grad.layout not in allowed and not (made_dense and torch.strided in allowed):
             expected = "dense" if torch.strided in allowed else "sparse"
             remedy = (
@@ -48,7 +49,7 @@ def refuse_gradients(shard: Shard, *, made_dense: bool) -> None:
             )
             raise ParameterError(
                 f"parameter {name!r}: expected a {expected} gradient for "
-                f"{shard.algorithm.optimizer_class.__name__}, got {grad.layout}; {remedy}"
+                f"{algorithm.optimizer_class.__name__}, got {grad.layout}; {remedy}"
             )
     if abandoned:
         warnings.warn(

@@ -46,7 +46,7 @@ class Replicated(Gradients):
         grad = self.shard.parameters[index].grad
         if grad is None or index not in self.shard.segments:
             return None
-        if grad.is_sparse and self.shard.algorithm.coalesces:
+        if grad.is_sparse and self.shard.algorithm_of(index).coalesces:
             grad = grad.coalesce()  # the whole one, as the class would: the order of a sum counts
         return self.shard.buffers.segment_of(grad, self.shard.segments[index][0])
 

@@ -86,13 +86,14 @@ def _check_declared(shard: Shard, key: Any, state: State) -> None:
     """Refuse state of a cut parameter that has its part's size and was not declared per element."""
     if key not in shard.segments or shard.segments[key][0].whole:
         return
-    segment, known = shard.segments[key][0], shard.algorithm.per_element
+    segment, algorithm = shard.segments[key][0], shard.algorithm_of(key)
+    known = algorithm.per_element
     for name, value in state.items():
         if isinstance(value, Tensor) and value.numel() == segment.numel > 1 and name not in known:
             raise UnsupportedError(
                 f"state {name!r} of {shard.names[key]!r}: expected one value for the parameter as "
                 f"a whole, got one for each of the {segment.numel} elements of this rank's part; "
-                f"declare it: shardopt.algos.register({shard.algorithm.optimizer_class.__name__}, "
+                f"declare it: shardopt.algos.register({algorithm.optimizer_class.__name__}, "
                 f"per_element={sorted({*known, name})})"
             )
 
@@ -114,7 +115,8 @@ def _travelling(shard: Shard, segment: Segment, state: State) -> list[Any]:
     if segment.whole or segment.offset == 0:
         leaves = tree_flatten(state)[0]
     else:
-        leaves = [state[name] for name in state if name in shard.algorithm.per_element]
+        per_element = shard.algorithm_of(segment.parameter).per_element
+        leaves = [state[name] for name in state if name in per_element]
     return [leaf for leaf in leaves if isinstance(leaf, (Tensor, TensorSpec))]
 
 
@@ -168,7 +170,7 @@ def _places_in_full(
         return [
             in_memory_order(out, out.stride()) for out in _travelling(shard, segment, full[index])
         ]
-    per_element = shard.algorithm.per_element
+    per_element = shard.algorithm_of(index).per_element
     names = {n for n, spec in specs.items() if n in per_element and isinstance(spec, TensorSpec)}
     if segment.offset == 0:
         shape, strides = tuple(shard.parameters[index].shape), shard.buffers.strides[index]

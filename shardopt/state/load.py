@@ -89,6 +89,11 @@ def _check(shard: Shard, groups: Sequence[Group], saved: Any) -> None:
                 f"optimizer's group: group {number} has {len(group['params'])} parameters, got "
                 f"{len(other['params'])}"
             )
+        if shard.class_of(group) != shard.class_of(other):
+            raise ValueError(
+                f"optimizer_class of group {number}: expected {shard.class_of(group)}, got "
+                f"{shard.class_of(other)}; the state was saved by another class"
+            )
     for index, state in _by_index(shard, groups, saved).items():
         if _is_index(shard, index):
             _check_shapes(shard, index, state)
@@ -99,7 +104,8 @@ def _check_shapes(shard: Shard, index: int, state: State) -> None:
         if not isinstance(value, Tensor):
             continue
         shape = tuple(shard.parameters[index].shape)
-        expected = shard.algorithm.state_shape(name, shape)
+        algorithm = shard.algorithm_of(index)
+        expected = algorithm.state_shape(name, shape)
         if (
             expected is not None
             and value.shape != expected
@@ -108,7 +114,7 @@ def _check_shapes(shard: Shard, index: int, state: State) -> None:
             raise ValueError(
                 f"state {name!r} of parameter {shard.layout.parameters[index].name!r}: expected "
                 f"shape {expected}, got {tuple(value.shape)}; the state was saved for another "
-                f"model or by another class than {shard.algorithm.optimizer_class.__name__}"
+                f"model or by another class than {algorithm.optimizer_class.__name__}"
             )
 
 
@@ -147,7 +153,7 @@ def _is_index(shard: Shard, key: Any) -> bool:
 def _cut_to(shard: Shard, segment: Segment, state: State) -> State:
     if segment.whole:
         return tree_map_only(Tensor, torch.clone, copy.copy(state))
-    per_element = shard.algorithm.per_element
+    per_element = shard.algorithm_of(segment.parameter).per_element
     return {
         name: shard.buffers.segment_of(value, segment).clone()
         if name in per_element and isinstance(value, Tensor)
@@ -211,7 +217,7 @@ def _receive_parts(
         if not segment.whole:
             specs = {
                 name: TensorSpec.contiguous(shard.layout.shape_of(segment), spec.dtype)
-                if name in shard.algorithm.per_element and isinstance(spec, TensorSpec)
+                if name in shard.algorithm_of(key).per_element and isinstance(spec, TensorSpec)
                 else spec
                 for name, spec in specs.items()
             }

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch.optim import Optimizer
-
+from shardopt.algos.mixture import MixedGroups
 from shardopt.comm import Collectives
 from shardopt.guard import all_or_none
 from shardopt.local_state import LocalState
@@ -15,7 +14,7 @@ from shardopt.state.load import load
 from shardopt.state.snapshot import Snapshot
 
 
-class StatefulOptimizer(Optimizer):
+class StatefulOptimizer(MixedGroups):
     """A ``torch.optim`` optimizer whose state lies in a shard, and whole in a snapshot."""
 
     collectives: Collectives

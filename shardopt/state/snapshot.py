@@ -86,5 +86,5 @@ def _state_at_construction(shard: Shard, groups: Sequence[Group]) -> dict[Any, S
         ours.update(zip(held, group["params"], strict=True))
         options = {key: value for key, value in group.items() if key != "param_names"}
         fresh_groups.append({**options, "params": held})
-    fresh = shard.algorithm.optimizer_class(fresh_groups, **shard.options)
+    fresh = shard.instance(fresh_groups)
     return {ours.get(key, key): state for key, state in fresh.state.items()}
