@@ -40,6 +40,7 @@ class Shard:
         algorithms: how the class of each group is sharded.
         optim: the local instance of the optimizer class, one group to each of the user's; a
             ``Mixture`` of instances where groups name classes of their own.
+        num_added: numbers of groups, those of the constructor first, that came at one time.
     """
 
     optim: Optimizer
@@ -62,6 +63,7 @@ class Shard:
         self.buffers = ParameterBuffers(collectives)
         self.segments: dict[int, tuple[Segment, Tensor]] = {}
         self.names: list[str] = []
+        self.num_added: list[int] = []
         self._index: dict[int, int] = {}  # id of the user's tensor -> parameter index
         self.algorithms: list[Algorithm] = []  # by group
         self._algorithm_of: list[Algorithm] = []  # by parameter
@@ -130,6 +132,7 @@ class Shard:
             self._retract(known)
             raise
         self._take(fresh)
+        self.num_added.append(len(groups))
         self._members += [self._membership(group) for group in groups]
 
     def _retract(self, known: Layout) -> None:
@@ -169,7 +172,7 @@ class Shard:
         return instance_of(self.optimizer_class, named, self.options)
 
     def _take(self, fresh: Optimizer) -> None:
-        """Adopt a new instance, or its groups and what it keeps for their parameters (Adagrad)."""
+        """Adopt a new instance, or its groups."""
         with _told_of_duplicates():
             known = getattr(self, "optim", None)
             self.optim = joined(known, fresh, self.options) if known else fresh
@@ -204,6 +207,8 @@ class Shard:
             options=self.options,
         )
         twin.extend(self.layout, groups, self.algorithms)
+        twin.num_added = list(self.num_added)
+        twin.optim.state.clear()
         for index, (_, tensor) in self.segments.items():
             if tensor in self.optim.state:
                 twin.optim.state[twin.segments[index][1]] = copy.deepcopy(self.optim.state[tensor])

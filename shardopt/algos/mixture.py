@@ -74,7 +74,16 @@ def instance_of(
 
 
 def joined(known: Optimizer, fresh: Optimizer, options: Mapping[str, Any]) -> Optimizer:
-    """``known`` with the groups of ``fresh``, and with what that keeps for their parameters."""
+    """``known`` with the groups of ``fresh``, and with what that keeps beside their parameters.
+
+    A parameter of a class that is known has no state before its first gradient, even where the
+    constructor makes some (Adagrad): the class has been constructed without it, as in torch.
+    """
+    classes = _parts_of(known)
+    for chosen, part in _parts_of(fresh).items():
+        if chosen in classes:
+            for parameter in (p for group in part.param_groups for p in group["params"]):
+                fresh.state.pop(parameter, None)
     if isinstance(fresh, Mixture) and not isinstance(known, Mixture):
         known = Mixture(known, options)
     if isinstance(known, Mixture):
@@ -192,6 +201,11 @@ def _construct(named: type[Optimizer], group: Group) -> Optimizer:
     """An instance over one group; the constructor gets the options that it knows, and sees them."""
     known = inspect.signature(named).parameters
     return named([group], **{k: v for k, v in group.items() if k in known and k != "params"})
+
+
+def _parts_of(optimizer: Optimizer) -> dict[type[Optimizer], Optimizer]:
+    """Class -> its instance."""
+    return optimizer._parts if isinstance(optimizer, Mixture) else {type(optimizer): optimizer}
 
 
 def _unknown(fresh: Optimizer, known: Optimizer) -> dict[Any, Any]:

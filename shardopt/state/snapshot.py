@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
+from shardopt.algos.mixture import joined
 from shardopt.errors import StaleStateError
 from shardopt.guard import agree
 from shardopt.shard import Group, Shard
@@ -79,12 +81,18 @@ class Snapshot:
 
 def _state_at_construction(shard: Shard, groups: Sequence[Group]) -> dict[Any, State]:
     """What the class has before any step, made without communication (Adagrad has some)."""
-    fresh_groups: list[Group] = []
+    fresh: Optimizer | None = None
     ours: dict[Tensor, Tensor] = {}
-    for group in groups:
-        held = [stand_in(parameter, "cpu") for parameter in group["params"]]
-        ours.update(zip(held, group["params"], strict=True))
-        options = {key: value for key, value in group.items() if key != "param_names"}
-        fresh_groups.append({**options, "params": held})
-    fresh = shard.instance(fresh_groups)
+    first = 0
+    for number in shard.num_added:
+        fresh_groups: list[Group] = []
+        for group in groups[first : first + number]:
+            held = [stand_in(parameter, "cpu") for parameter in group["params"]]
+            ours.update(zip(held, group["params"], strict=True))
+            options = {key: value for key, value in group.items() if key != "param_names"}
+            fresh_groups.append({**options, "params": held})
+        added = shard.instance(fresh_groups, first)
+        fresh = joined(fresh, added, shard.options) if fresh else added
+        first += number
+    assert fresh is not None, "an optimizer has groups"
     return {ours.get(key, key): state for key, state in fresh.state.items()}

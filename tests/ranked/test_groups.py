@@ -144,11 +144,18 @@ def test_a_group_may_be_added_at_any_time(optimizer_class, steps):
 
 
 @on_ranks(1, 2, 3)
-@pytest.mark.parametrize("optimizer_class", [AdamW, SGD, Adafactor], ids=lambda c: c.__name__)
-def test_an_added_parameter_without_a_gradient_has_no_state(optimizer_class):
-    """Adagrad's has what it begins with, as at construction; in torch, as of late, it has none."""
-    trained = pair(four, optimizer_class).train(1)
+@every_class
+@pytest.mark.parametrize("steps", [0, 1])
+def test_an_added_parameter_without_a_gradient_has_no_state(optimizer_class, steps):
+    """Not Adagrad's either, whose others have some from the beginning: as in torch."""
+    trained = pair(four, optimizer_class).train(steps)
     add_group(trained, (33, 90), (7,))
+    if steps == 0:  # without communication
+        ours, theirs = trained.optimizer.state_dict(), trained.plain.state_dict()
+        assert_same(comparable(ours), comparable(theirs))
+    trained.assert_same()
+    trained.ours, trained.optimizer = copy.deepcopy((trained.ours, trained.optimizer))
+    trained.assert_same()
     trained.train(2, missing=[4])
     trained.train(2)
 
