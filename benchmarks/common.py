@@ -122,6 +122,10 @@ class Counted(Collectives):
         self.sent["all_gather_rows"] += row.nbytes * (self.world_size - 1)
         return self.inner.all_gather_rows(row)
 
+    def sum_rows(self, row: Tensor) -> Tensor:
+        self.sent["sum_rows"] += 2 * row.nbytes * (self.world_size - 1) // self.world_size
+        return self.inner.sum_rows(row)
+
     def broadcast(self, tensor: Tensor, source: int) -> Handle:
         self.sent["broadcast"] += tensor.nbytes * (self.world_size - 1) * (self.rank == source)
         return self.inner.broadcast(tensor, source)

@@ -146,7 +146,7 @@ def _agree_on_tensors(
         if len(set(column)) > 1:
             values = [f"hash {value & (1 << 64) - 1:016x}" if value else "none" for value in column]
             raise AgreementError(
-                f"ranks differ in the {what} of {name!r}: {_odd_ranks(values)}; {remedy}"
+                f"ranks differ in the {what} of parameter {name!r}: {_odd_ranks(values)}; {remedy}"
             )
 
 

@@ -192,6 +192,12 @@ def check_rank(argument: str, rank: Any, world_size: int) -> None:
         )
 
 
+class _Unnamed(str):
+    """What stands for a name: in messages after the word parameter, and without quotes."""
+
+    __repr__ = str.__str__
+
+
 def parameter_names(groups: Sequence[Group]) -> list[str]:
     """A name for every parameter, for messages: the user's, or its number and shape."""
     names: dict[int, str] = {}
@@ -199,8 +205,8 @@ def parameter_names(groups: Sequence[Group]) -> list[str]:
         given = group.get("param_names") or [None] * len(group["params"])
         for parameter, name in zip(group["params"], given, strict=True):
             lazy = torch.nn.parameter.is_lazy(parameter)
-            unnamed = f"{len(names)}, of shape {'unknown' if lazy else tuple(parameter.shape)}"
-            names.setdefault(id(parameter), name or unnamed)
+            shape = "unknown shape" if lazy else f"shape {tuple(parameter.shape)}"
+            names.setdefault(id(parameter), name or _Unnamed(f"{len(names)} of {shape}"))
     return list(names.values())
 
 

@@ -17,8 +17,16 @@ PACKAGE = ROOT / "shardopt"
 
 NOTHING = ("agree", "agree_on_values", "agree_on_gradients", "_agree_on_tensors")
 MOVES = ("all_gather", "all_gather_object", "broadcast", "send", "receive", "isend", "irecv")
-REDUCES = ("reduce_scatter", "all_to_all_single")
-OTHERS = ("all_gather_rows", "gather_texts", "broadcast_text", "all_or_none", "wait", "wait_for")
+REDUCES = ("reduce_scatter", "all_to_all_single", "all_reduce")
+OTHERS = (
+    "all_gather_rows",
+    "sum_rows",
+    "gather_texts",
+    "broadcast_text",
+    "all_or_none",
+    "wait",
+    "wait_for",
+)
 CALLEES = {*NOTHING, *MOVES, *REDUCES, *OTHERS, "send_tensors", "receive_tensors"}
 
 
@@ -137,6 +145,11 @@ def no_all_or_none(collectives):
 def no_all_gather_rows(collectives, row):
     """Every rank takes its own for everybody's."""
     return row.detach().cpu()[None].repeat(collectives.world_size, 1)
+
+
+def no_sum_rows(collectives, row):
+    """Every rank takes its own for the sum."""
+    return row.detach().cpu()
 
 
 def no_gather_texts(collectives, text):

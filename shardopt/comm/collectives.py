@@ -46,6 +46,9 @@ class Reduction(Handle, Protocol):
 
     rows: Tensor | None
 
+    def is_done(self) -> bool:
+        """Whether ``wait`` may be called now and does not wait for what it has started."""
+
 
 class Collectives(ABC):
     """Allocates buckets and moves them between the ranks that share an optimizer's state.
@@ -58,6 +61,7 @@ class Collectives(ABC):
         rank: this rank, counted from 0 among those that split the state.
         world_size: number of ranks that split the state.
         replica: which copy of the shards this rank's belongs to; 0 but on a 2-D mesh.
+        gathers_up_to: number of ranks up to which each one hears from all where a sum might do.
         wire_device: where small messages and consolidated state travel.
     """
 
@@ -65,6 +69,17 @@ class Collectives(ABC):
     world_size: int
     wire_device: torch.device
     replica: int = 0
+    gathers_up_to: int = 64
+
+    @property
+    def channel(self) -> object:
+        """What two have in common if their communications must start in one order."""
+        return self
+
+    @property
+    def num_ranks(self) -> int:
+        """Of all replicas together."""
+        return self.world_size
 
     @property
     def shard_axis(self) -> Collectives:
@@ -116,6 +131,13 @@ class Collectives(ABC):
         row: Tensor,  # (k,), k and dtype the same on every rank
     ) -> Tensor:  # (number of ranks, k), on the CPU
         """Every rank's small message, in rank order, replica by replica. Blocks."""
+
+    @abstractmethod
+    def sum_rows(
+        self,
+        row: Tensor,  # (k,) float64, k the same on every rank
+    ) -> Tensor:  # (k,), on the CPU
+        """The sum of every rank's small message, in the same bits everywhere. Blocks."""
 
     @abstractmethod
     def broadcast(self, tensor: Tensor, source: int) -> Handle:

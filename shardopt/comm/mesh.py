@@ -33,6 +33,17 @@ class MeshCollectives(Collectives):
         self.rank, self.world_size = shard.rank, shard.world_size
         self.replica = replicate.rank
         self.wire_device = shard.wire_device
+        self.gathers_up_to = shard.gathers_up_to
+
+    @property
+    def channel(self) -> object:
+        """See the base class."""
+        return self._shard.channel
+
+    @property
+    def num_ranks(self) -> int:
+        """See the base class."""
+        return self._shard.world_size * self._replicate.world_size
 
     @property
     def shard_axis(self) -> Collectives:
@@ -63,6 +74,10 @@ class MeshCollectives(Collectives):
         rows = self._shard.all_gather_rows(row)
         return self._replicate.all_gather_rows(rows.flatten()).view(-1, row.numel())
 
+    def sum_rows(self, row: Tensor) -> Tensor:
+        """Over rows of the mesh, then over columns."""
+        return self._replicate.sum_rows(self._shard.sum_rows(row))
+
     def broadcast(self, tensor: Tensor, source: int) -> Handle:
         """The ``source`` of the first replica overwrites all others."""
         self._replicate.broadcast(tensor, 0).wait()
@@ -83,6 +98,10 @@ class _MeanOfMeans:
     def __init__(self, reduction: Reduction, replicate: Collectives, out: Tensor):
         self._reduction, self._replicate, self._out = reduction, replicate, out
         self.rows: Tensor | None = None
+
+    def is_done(self) -> bool:
+        """Never put off: the column's half starts in ``wait``, in one order on every rank."""
+        return True
 
     def wait(self) -> None:
         self._reduction.wait()

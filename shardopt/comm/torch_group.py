@@ -70,6 +70,11 @@ class TorchCollectives(Collectives):
         self.wire_device = _wire_device(self._backends)
         _HOLDERS.add(self)
 
+    @property
+    def channel(self) -> object:
+        """Optimizers over the same ranks share a group."""
+        return self._group
+
     def all_gather(self, bucket: Tensor, borders: Sequence[int]) -> Handle:
         """See the base class."""
         even = len({high - low for low, high in pairwise(borders)}) == 1
@@ -98,7 +103,7 @@ class TorchCollectives(Collectives):
 
     def all_to_all(
         self, send: Tensor, send_sizes: Sequence[int], out: Tensor, out_sizes: Sequence[int]
-    ) -> Handle:
+    ) -> dist.Work:
         """See the base class."""
         return dist.all_to_all_single(
             _as_bytes(out),
@@ -115,6 +120,12 @@ class TorchCollectives(Collectives):
         rows = row.new_empty(self.world_size, row.numel())
         dist.all_gather(list(rows.unbind()), row, group=self._messages)
         return rows.cpu()
+
+    def sum_rows(self, row: Tensor) -> Tensor:
+        """See the base class. One rank adds up an element, and all get it from there."""
+        total = row.detach().to(self._message_device, copy=True).contiguous()
+        dist.all_reduce(total, group=self._messages)
+        return total.cpu()
 
     def broadcast(self, tensor: Tensor, source: int) -> Handle:
         """See the base class."""
@@ -138,11 +149,14 @@ def _as_bytes(tensor: Tensor) -> Tensor:
 class _Reduced:
     """A reduction by the backend, or one that ends here: the mean of what each rank has sent."""
 
-    def __init__(self, handle: Handle, out: Tensor, rows: Tensor | None = None):
-        self._handle, self._out, self.rows = handle, out, rows
+    def __init__(self, work: dist.Work, out: Tensor, rows: Tensor | None = None):
+        self._work, self._out, self.rows = work, out, rows
+
+    def is_done(self) -> bool:
+        return self._work.is_completed()
 
     def wait(self) -> None:
-        self._handle.wait()
+        self._work.wait()
         if self.rows is not None:
             mean_of_rows(self.rows, self._out)
 

@@ -4,6 +4,8 @@
 its reduction has ended, so that ``.grad`` is free the moment it is copied. A staging buffer (and,
 where the backend needs one, room for what comes from the others) exists for each reduction under
 way, so of these there are at most ``MAX_IN_FLIGHT``: a further one waits for the first.
+Memory is the reason: with ``"sharded"`` the hook waits, since a gradient that has not been copied
+cannot be freed. With ``"local"`` no hook waits, see [Note: Line].
 """
 
 from __future__ import annotations
@@ -94,7 +96,7 @@ class ReducedShards:
 
     def launch(self, number: int, gradients: Mapping[int, Tensor]) -> None:
         """Copy ``gradients`` (parameter index -> tensor) and start to reduce a bucket."""
-        while len(self._flights) >= MAX_IN_FLIGHT or any(f.number == number for f in self._flights):
+        while self._is_full(number):
             self._land()
         bucket = self._shard.layout.buckets[number]
         buffer = self._take_buffer(number, bucket)
@@ -107,6 +109,16 @@ class ReducedShards:
         reduction = self._shard.collectives.reduce_scatter(staging, bucket.borders, out)
         self._flights.append(_Flight(number, buffer, reduction, out, adds))
         self._filled.add(number)
+
+    def has_room(self, number: int) -> bool:
+        """Whether ``launch`` would not wait; takes in what has ended."""
+        while self._is_full(number) and self._flights[0].reduction.is_done():
+            self._land()
+        return not self._is_full(number)
+
+    def _is_full(self, number: int) -> bool:
+        flights = self._flights
+        return len(flights) >= MAX_IN_FLIGHT or any(f.number == number for f in flights)
 
     def wait(self) -> None:
         """All reductions have ended."""

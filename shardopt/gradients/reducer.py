@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from zlib import crc32
@@ -189,7 +190,12 @@ class Reducer(Gradients):
             power=to_bits(float(power)) if _is_host(self._device) else 0,
             present=frozenset(present),
         )
-        reports = exchange(self.shard.collectives, report, len(self.shard.parameters))
+        reports = exchange(
+            self.shard.collectives,
+            report,
+            len(self.shard.parameters),
+            is_quiet=report.is_quiet(self.guards) and norm_type != math.inf,
+        )
         return reports, self._all_powers(reports, power)
 
     def _refuse_uneven(
@@ -207,7 +213,9 @@ class Reducer(Gradients):
         refuse_lost(reports, self.shard.names)
         if len({(report.facts, report.rounds) for report in reports}) > 1:
             pairs = zip(self.shard.names, self.shard.parameters, strict=True)
-            training = {f"requires_grad of {name!r}": p.requires_grad for name, p in pairs}
+            training = {
+                f"requires_grad of parameter {name!r}": p.requires_grad for name, p in pairs
+            }
             facts = {**self.facts(norm_type), **said, "the number of backward passes": num_rounds}
             agree(self.shard.collectives, facts | training, _ALIKE)
 

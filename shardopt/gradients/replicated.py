@@ -36,7 +36,8 @@ class Replicated(Gradients):
             nonfinite=[*tensors][number - 1] + 1 if number else 0,
             present=present,
         )
-        reports = exchange(self.shard.collectives, report, len(parameters))
+        quiet = report.is_quiet(self.guards)
+        reports = exchange(self.shard.collectives, report, len(parameters), is_quiet=quiet)
         if len({report.facts for report in reports}) > 1:
             agree(self.shard.collectives, self.facts(None), "call step() alike on every rank")
         return judge(reports, powers, self.shard.names, self.guards)

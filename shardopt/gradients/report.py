@@ -2,7 +2,14 @@
 
 [Note: Agreement] One small all-gather a step: every rank has every report and judges them alike,
 in rank order, so that all go on, all skip, or all raise. A report has ``11 + P / 62`` words of 64
-bits for ``P`` parameters.
+bits for ``P`` parameters. On more ranks than ``Collectives.gathers_up_to`` sums come first, and
+reports only if these show that there is something to tell.
+
+[Note: Sums] ``N`` gathered reports are ``8 N (11 + P / 62)`` bytes, and a sum moves about ``3 P``
+however many ranks there are: 1000 parameters on 64 ranks make 14 kB against 3 kB, on 512 ranks
+110 kB against 3 kB. A sum takes about three times as long to set out, which 64 ranks are worth.
+That all ranks say the same shows in sums of a number and of its square: ``N`` times the second
+is the square of the first if, and only if, all numbers are equal.
 """
 
 from __future__ import annotations
@@ -10,17 +17,19 @@ from __future__ import annotations
 import logging
 import struct
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from shardopt.comm import Collectives
 from shardopt.errors import GradientError
+from shardopt.guard import digest
 from shardopt.policies import Guards
 
 _log = logging.getLogger("shardopt")
 _BITS = 62  # of a word that stand for parameters: the sign is left alone
+_EXACT_BITS = 53  # of an integer in a float64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +48,11 @@ class Report:
     power: int = 0  # bits of a float64: the sum of |g|**p over its segments, or the largest |g|
     present: frozenset[int] = frozenset()  # indices of parameters that have a gradient here
 
+    def is_quiet(self, guards: Guards) -> bool:
+        """Whether nobody needs to read it, if all say the same."""
+        unused = self.missing and not guards.find_unused_parameters
+        return not (self.more or self.changed or self.nonfinite or unused)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -46,17 +60,59 @@ class Verdict:
 
     present: frozenset[int]  # indices of parameters that have a gradient on any rank
     skips: bool  # leave parameters and state as they are
-    powers: Tensor  # (world_size,) float64: each rank's sum of |g|**p, or largest |g|
+    powers: Tensor  # (world_size,) float64: each rank's sum of |g|**p, or largest |g|; or one sum
 
 
-def exchange(collectives: Collectives, report: Report, num_parameters: int) -> list[Report]:
-    """Every rank's report, in rank order. Collective."""
+def exchange(
+    collectives: Collectives, report: Report, num_parameters: int, *, is_quiet: bool = False
+) -> list[Report]:
+    """Every rank's report, in rank order; or one that holds for all. Collective.
+
+    Args:
+        is_quiet: whether this one need not be read, if all say the same, and its power may be
+            added to the others.
+    """
+    if collectives.num_ranks > collectives.gathers_up_to:
+        common = _add_up(collectives, report, num_parameters, is_quiet)
+        if common is not None:
+            return [common]
     *numbers, present = astuple(report)
     words = [0] * (num_parameters // _BITS + 1)
     for index in present:
         words[index // _BITS] |= 1 << index % _BITS
     row = torch.tensor([*numbers, *words], dtype=torch.int64, device="cpu")
     return [_read(row) for row in collectives.all_gather_rows(row).tolist()]
+
+
+def _add_up(
+    collectives: Collectives, report: Report, num_parameters: int, is_quiet: bool
+) -> Report | None:
+    """The report that holds for all ranks; ``None``, on all, if one wants to be read."""
+    num_ranks = collectives.num_ranks
+    said = digest({"rounds": report.rounds, "lost": report.lost, "facts": report.facts})
+    digits = [said >> shift & 0xFFFF for shift in range(0, 64, 16)]
+    squares = [digit**2 for digit in digits]
+    bits = num_ranks.bit_length()  # of a parameter's count, of which a word holds several
+    in_word = _EXACT_BITS // bits
+    words = [0] * (num_parameters // in_word + 1)
+    for index in report.present:
+        words[index // in_word] += 1 << index % in_word * bits
+    power = from_bits(report.power) if collectives.replica == 0 else 0.0
+    row = torch.tensor(
+        [power, not is_quiet, *digits, *squares, *words], dtype=torch.float64, device="cpu"
+    )
+    power, *numbers = collectives.sum_rows(row).tolist()
+    num_loud, *sums = [int(number) for number in numbers]
+    alike = [num_ranks * sums[4 + i] == sums[i] ** 2 for i in range(4)]
+    if num_loud or not all(alike):
+        return None
+    present = {
+        index
+        for index in range(num_parameters)
+        if sums[8 + index // in_word] >> index % in_word * bits & (1 << bits) - 1
+    }
+    common = replace(report, missing=0, num_missing=0, present=frozenset(present))
+    return replace(common, power=to_bits(power))
 
 
 def _read(row: Sequence[int]) -> Report:
@@ -102,10 +158,11 @@ def refuse_lost(reports: Sequence[Report], names: Sequence[str]) -> None:
     for rank, report in enumerate(reports):
         if report.changed > 0:
             raise GradientError(
-                f"the gradient of {names[report.changed - 1]!r} was changed on rank {rank} after "
-                "it had been sent to the other ranks, as by torch.nn.utils.clip_grad_norm_ or "
-                "GradScaler.unscale_; use optimizer.clip_grad_norm_ or shardopt.GradScaler, or "
-                "change .grad before backward() has sent it, in a hook or within no_sync()"
+                f"the gradient of parameter {names[report.changed - 1]!r} was changed on rank "
+                f"{rank} after it had been sent to the other ranks, as by torch.nn.utils."
+                "clip_grad_norm_ or GradScaler.unscale_; use optimizer.clip_grad_norm_ or "
+                "shardopt.GradScaler, or change .grad before backward() has sent it, in a hook or "
+                "within no_sync()"
             )
         if report.changed < 0:
             raise GradientError(
@@ -127,8 +184,8 @@ def _refuse_unused(reports: Sequence[Report], names: Sequence[str]) -> None:
             more = f" and {report.num_missing - 1} more" if report.num_missing > 1 else ""
             raise GradientError(
                 f"expected a gradient for every parameter, got none on rank {rank} for "
-                f"{names[report.missing - 1]!r}{more}; let every parameter take part in the "
-                "loss on every rank, freeze it with requires_grad_(False), or pass "
+                f"parameter {names[report.missing - 1]!r}{more}; let every parameter take part in "
+                "the loss on every rank, freeze it with requires_grad_(False), or pass "
                 "guards=Guards(find_unused_parameters=True)"
             )
 
@@ -138,7 +195,7 @@ def _skips(reports: Sequence[Report], names: Sequence[str], guards: Guards) -> b
         if report.nonfinite and guards.nonfinite != "ignore":
             name = names[report.nonfinite - 1]
             where = f"rank {report.source - 1}" if report.source else "a rank"
-            text = f"the gradient of {name!r} from {where} is not finite"
+            text = f"the gradient of parameter {name!r} from {where} is not finite"
             if guards.nonfinite == "raise":
                 raise GradientError(
                     f"{text}; look for the cause there, or pass guards=Guards(nonfinite='skip')"

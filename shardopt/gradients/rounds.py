@@ -2,8 +2,8 @@
 
 [Note: Rounds] One backward is one round: every bucket is reduced once, in order, on every rank.
 
-- A bucket starts when every parameter of it has its gradient and all buckets before it have
-  started. What has not started when backward ends starts then, with what there is.
+- A bucket starts when all its gradients and those of all buckets before it are there ([Note: Line]
+  says where it waits for room). What has not started when backward ends starts then.
 - Launch order is law: a round is never left half-way. If an exception ends a backward, the rest
   of its round is launched before anything else, with zeros, and what it reduced is thrown away.
 - What arrives outside of a round (a second gradient of a parameter in one backward, as reentrant
@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
 
 from shardopt.gradients.backward import at_end_of_backward, backward_number, is_nested
+from shardopt.gradients.line import line_of
 from shardopt.gradients.reduced_shards import ReducedShards
 from shardopt.gradients.torch_clip import watch
 from shardopt.layout import Atom
@@ -52,11 +53,12 @@ class Rounds:
         self.means = ReducedShards(shard, adds=not keeps, looks=looks)
         self.present: set[int] = set()
         self.num_rounds = self.num_lost = self.num_changes = 0
+        self._line = line_of(shard.collectives.channel)
         self._handles: dict[int, RemovableHandle] = {}  # id of a parameter -> its hook
         self._paused = False
         self._tasks: set[int] = set()  # of autograd: the backward under way, those within it
         self._aborted = False  # an exception has ended it
-        self._next: int | None = None  # the bucket to launch next; ``None`` between rounds
+        self._next: int | None = None  # the bucket to send next; ``None`` between rounds
         self._trained: set[int] = set()  # numbers of buckets
         self._missing: list[int] = []  # by bucket: parameters that have not got their gradient
         self._arrived: set[int] = set()
@@ -123,7 +125,8 @@ class Rounds:
         self._arrived.add(index)
         self._missing[number] -= 1
         while self._next < len(self._missing) and self._missing[self._next] <= 0:
-            self._launch()
+            self._send()
+        self._line.advance(to_the_end=not self._keeps)
 
     def _enter_backward(self) -> None:
         """Arrange to hear of the end of this backward, whatever ends it."""
@@ -147,6 +150,7 @@ class Rounds:
         """An exception has ended a backward. What it leaves in ``.grad`` is not to be added to."""
         if task in self._tasks:
             self._aborted = True
+            self._line.advance(to_the_end=True)
             if not self._keeps:  # else .grad is the user's to put right, as in torch
                 for parameter in self._shard.parameters:
                     parameter.grad = None
@@ -168,18 +172,19 @@ class Rounds:
         ]
 
     def close(self, *, lost: bool = False, everything: bool = False) -> None:
-        """Launch the rest of a round: zeros if it is lost, and untrained buckets if everything."""
+        """Send the rest of a round: zeros if it is lost, and untrained buckets if everything."""
         if self._next is None:
             self._open()
         while self._next is not None and self._next < len(self._shard.layout.buckets):
-            self._launch(lost, everything)
+            self._send(lost, everything)
+        self._line.advance(to_the_end=True)
         self._next = None
         self.num_rounds += 1
         by_rows = (self._shard.parameters[index] for index in self._shard.layout.by_rows)
         self._holds_rows |= any(parameter.grad is not None for parameter in by_rows)
 
-    def _launch(self, lost: bool = False, everything: bool = False) -> None:
-        """Reduce the next bucket, unless ranks have agreed that nothing in it is trained."""
+    def _send(self, lost: bool = False, everything: bool = False) -> None:
+        """Put the next bucket in line, unless ranks have agreed that nothing in it is trained."""
         assert self._next is not None
         number = self._next
         if self._shard.layout.buckets[number].atom is Atom.ROW:
@@ -197,17 +202,23 @@ class Rounds:
                 self._sent.pop(index, None)
         if number not in self._trained and not everything:
             return
+        self.present.update(gradients)
+        if self._keeps:  # from now on a change is too late, whether it has started or not
+            for index, gradient in gradients.items():
+                self._sent[index] = TensorWeakRef(gradient), gradient._version
+        start = partial(self._launch, number, gradients)
+        self._line.join(start, partial(self.means.has_room, number))
+
+    def _launch(self, number: int, gradients: dict[int, Tensor]) -> None:
+        """Reduce a bucket."""
         for stream in self._streams:  # every producer of a gradient (DeepSpeed#8061)
             torch.cuda.current_stream(stream.device).wait_stream(stream)
         self._streams.clear()
         with torch.no_grad():
             self.means.launch(number, gradients)
-        self.present.update(gradients)
-        for index, gradient in gradients.items():
-            if self._keeps:
-                self._sent[index] = TensorWeakRef(gradient), gradient._version
-            else:
-                parameters[index].grad = None
+        if not self._keeps:
+            for index in gradients:
+                self._shard.parameters[index].grad = None
 
     def abandon(self, *, retries: bool) -> None:
         """If an exception ended a backward: end its round, and forget it if gradients come anew."""
@@ -225,6 +236,7 @@ class Rounds:
 
     def forget(self) -> None:
         """Start anew, with no means."""
+        self._line.advance(to_the_end=True)
         self.means.clear()
         self.present.clear()
         self._sent.clear()

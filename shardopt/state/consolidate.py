@@ -67,7 +67,8 @@ def _check_whole(shard: Shard, outlines: Sequence[Mapping[Any, State]]) -> None:
                 first, expected = names.setdefault(segment.parameter, (rank, state))
                 if state != expected:
                     raise AgreementError(
-                        f"ranks differ in the state of {shard.names[segment.parameter]!r}: rank "
+                        f"ranks differ in the state of parameter "
+                        f"{shard.names[segment.parameter]!r}: rank "
                         f"{rank} has {state}, rank {first} has {expected}; load one complete "
                         "state_dict on every rank, or from_= the rank that has it"
                     )
@@ -91,9 +92,10 @@ def _check_declared(shard: Shard, key: Any, state: State) -> None:
     for name, value in state.items():
         if isinstance(value, Tensor) and value.numel() == segment.numel > 1 and name not in known:
             raise UnsupportedError(
-                f"state {name!r} of {shard.names[key]!r}: expected one value for the parameter as "
-                f"a whole, got one for each of the {segment.numel} elements of this rank's part; "
-                f"declare it: shardopt.algos.register({algorithm.optimizer_class.__name__}, "
+                f"state {name!r} of parameter {shard.names[key]!r}: expected one value for the "
+                f"parameter as a whole, got one for each of the {segment.numel} elements of this "
+                "rank's part; declare it: shardopt.algos.register("
+                f"{algorithm.optimizer_class.__name__}, "
                 f"per_element={sorted({*known, name})})"
             )
 

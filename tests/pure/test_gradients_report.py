@@ -69,20 +69,25 @@ def test_present_means_present_on_any_rank():
 def test_a_missing_gradient_is_refused_unless_none_is_there():
     missing = replace(GOOD, present=frozenset({0, 2}), missing=2, num_missing=1)
     more = replace(GOOD, present=frozenset({0}), missing=2, num_missing=2)
-    with pytest.raises(GradientError, match="none on rank 1 for 'b'; let every"):
+    with pytest.raises(GradientError, match="none on rank 1 for parameter 'b'; let every"):
         judged(GOOD, missing)
-    with pytest.raises(GradientError, match="none on rank 0 for 'b' and 1 more; let every"):
+    with pytest.raises(
+        GradientError, match="none on rank 0 for parameter 'b' and 1 more; let every"
+    ):
         judged(more, missing)
     nowhere = replace(GOOD, present=frozenset(), missing=1, num_missing=3)
     assert judged(nowhere, nowhere).present == frozenset()
-    with pytest.raises(GradientError, match="rank 1 for 'a' and 2 more"):
+    with pytest.raises(GradientError, match="rank 1 for parameter 'a' and 2 more"):
         judged(GOOD, nowhere)
 
 
 @pytest.mark.parametrize(
     ("reports", "words"),
     [
-        ([GOOD, replace(GOOD, changed=2)], "the gradient of 'b' was changed on rank 1 after"),
+        (
+            [GOOD, replace(GOOD, changed=2)],
+            "the gradient of parameter 'b' was changed on rank 1 after",
+        ),
         ([GOOD, replace(GOOD, changed=-1)], "what rank 1 has is of no use"),
         ([replace(GOOD, lost=1), GOOD], r"ended a backward\(\) on rank 0 and not on rank 1"),
         ([GOOD, GOOD, replace(GOOD, lost=1)], r"on rank 2 and not on rank 0"),
@@ -101,11 +106,11 @@ def test_what_all_have_lost_is_not():
 def test_what_is_not_finite(caplog):
     seen = replace(GOOD, nonfinite=2, source=2)
     unseen = replace(GOOD, nonfinite=3)
-    with pytest.raises(GradientError, match="gradient of 'b' from rank 1 is not finite"):
+    with pytest.raises(GradientError, match="gradient of parameter 'b' from rank 1 is not finite"):
         judged(GOOD, seen, guards=Guards(nonfinite="raise"))
-    with pytest.raises(GradientError, match="gradient of 'b' from rank 1 is not finite"):
+    with pytest.raises(GradientError, match="gradient of parameter 'b' from rank 1 is not finite"):
         judged(unseen, seen, guards=Guards(nonfinite="raise"))  # who brought it is worth more
-    with pytest.raises(GradientError, match="gradient of 'c' from a rank is not finite"):
+    with pytest.raises(GradientError, match="gradient of parameter 'c' from a rank is not finite"):
         judged(unseen, GOOD, guards=Guards(nonfinite="raise"))
     with caplog.at_level(logging.WARNING, logger="shardopt"):
         assert judged(seen, GOOD, guards=Guards(nonfinite="skip")).skips

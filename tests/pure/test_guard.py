@@ -274,11 +274,14 @@ def test_gradients_are_named_with_their_hashes_and_a_remedy():
     parameters[1].grad, hash_b = torch.zeros(2), fingerprint(torch.zeros(2))
     with pytest.raises(AgreementError) as error:
         agree_on_gradients(Chorus([[hash_a, 7]], [[hash_a, hash_b]]), names, parameters)
-    assert "ranks differ in the gradient of 'b': rank 1 has hash 0000000000000007, " in str(
-        error.value
+    assert (
+        "ranks differ in the gradient of parameter 'b': rank 1 has hash 0000000000000007, "
+        in str(error.value)
     )
     assert "DistributedDataParallel" in str(error.value)
-    with pytest.raises(AgreementError, match="the gradient of 'a': rank 1 has none, rank 0 has ha"):
+    with pytest.raises(
+        AgreementError, match="the gradient of parameter 'a': rank 1 has none, rank 0 "
+    ):
         agree_on_gradients(Chorus([[0, hash_b]]), names, parameters)
 
 

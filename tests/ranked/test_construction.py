@@ -118,7 +118,7 @@ DIFFERENCES = {
     in_two_groups: (alike, "the number of parameters of group 0", "2", "4"),
     frozen: (alike, "parameter 1", "requires_grad=False", "requires_grad=True"),
     with_other_names: (with_names, "parameter 2", "e: ", "c: "),
-    with_names: (alike, "parameter 0", "a: ", "0, of shape"),
+    with_names: (alike, "parameter 0", "a: ", "0 of shape"),
     of_other_class: (alike, "the optimizer class", "'torch.*.Adam'", "'torch.*.AdamW'"),
     with_other_lr: (alike, "group 0, lr", "0.2", "0.1"),
     with_tensor_lr: (alike, "group 0, lr", r"tensor\(0.1.*, torch.float32\)", "0.1"),
@@ -126,7 +126,7 @@ DIFFERENCES = {
     with_other_kernel: (alike, "kernel", "'torch'", "'auto'"),
     without_guards: (alike, "guards", "Guards.replicas=False.", "Guards.replicas=True."),
     in_other_buckets: (alike, "the layout", ".*bucket 1", ".*bucket 0"),
-    with_other_values: (alike, r"the value of '2, of shape \(40, 40\)'", "hash", "hash"),
+    with_other_values: (alike, r"the value of parameter 2 of shape \(40, 40\)", "hash", "hash"),
 }
 
 
@@ -153,7 +153,9 @@ def test_parameters_of_one_shape_in_another_order_differ_by_value(rank):
     def square():
         return [*random_parameters((9, 9), (9, 9))]
 
-    with pytest.raises(AgreementError, match=r"the value of '0, of shape \(9, 9\)': rank 1 has"):
+    with pytest.raises(
+        AgreementError, match=r"the value of parameter 0 of shape \(9, 9\): rank 1 has"
+    ):
         construct(square()[::-1] if rank == 1 else square())
     assert_the_group_still_works()
 
@@ -226,7 +228,9 @@ def missing(gradient):
 def test_a_gradient_that_differs_is_named_on_every_rank(change, rank):
     trained = prepared(rank, change)
     got = {"slightly_other": "hash [0-9a-f]{16}", "missing": "none"}[change.__name__]
-    match = rf"the gradient of '2, of shape \(40, 40\)': rank 1 has {got}, rank 0 has hash .*"
+    match = (
+        rf"the gradient of parameter 2 of shape \(40, 40\): rank 1 has {got}, rank 0 has hash .*"
+    )
     with pytest.raises(AgreementError, match=match + REMEDY) as error:
         trained.optimizer.step()
     same_on_every_rank(error.value)

@@ -2,10 +2,14 @@
 
 import ast
 import difflib
+import functools
 import math
+import pathlib
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -13,6 +17,7 @@ from shardopt import ShardedOptimizer
 from shardopt.errors import ParameterError, UnsupportedError
 from tests.documentation import BLOCKS, Stage, source_of, with_sharded_optimizer
 from tests.ranks import on_ranks
+from tests.twins import assert_same_parameters, make_model
 
 KERNELS = {
     # kernel: the flags under which plain torch computes the same numbers bit for bit. "auto" fuses
@@ -276,3 +281,58 @@ def test_cosine_annealing_follows_its_formula():
         parameter.grad = torch.ones_like(parameter)
         optimizer.step()
         scheduler.step()
+
+
+# -- README.md -------------------------------------------------------------------------------------
+
+
+def recipe_of(heading: str) -> str:
+    """The first block of Python below a heading of README.md."""
+    text = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+    return text.split(f"## {heading}\n")[1].split("```python\n")[1].split("```")[0]
+
+
+def go_on(model, optimizer, scheduler, epochs):
+    for epoch in epochs:
+        optimizer.zero_grad()
+        model(inputs_of(epoch)).square().mean().backward()
+        optimizer.step()
+        scheduler.step()
+
+
+def inputs_of(epoch: int) -> torch.Tensor:
+    return torch.randn(8, 61, generator=torch.Generator().manual_seed(epoch))
+
+
+@on_ranks(3)
+@pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 3), (1, 3), (3, 1)])
+def test_saving_and_resuming(before, after, rank, tmp_path):
+    """Interrupted after three epochs, resumed on other ranks; equal to one training in torch."""
+
+    def recipe(num_ranks: int) -> dict:
+        group = dist.new_group(range(num_ranks))
+        construct = functools.partial(ShardedOptimizer, process_group=group, kernel="torch")
+        names = {"make_model": make_model, "rank": rank}
+        exec(compile(recipe_of("Saving and resuming"), "README.md", "exec"), names)
+        return names | {"shardopt": SimpleNamespace(ShardedOptimizer=construct), "group": group}
+
+    path = f"{tmp_path}/saved.pt"
+    for num_ranks, epochs in ((before, range(3)), (after, range(3, 6))):
+        names = recipe(num_ranks)
+        if rank < num_ranks:
+            names["construct"].__globals__.update(names)
+            if epochs[0] == 0:
+                trained = names["construct"]()
+                go_on(*trained, epochs)
+                names["save"](path, epochs[-1], *trained)
+            else:
+                *trained, first = names["resume"](path)
+                assert first == epochs[0]
+                go_on(*trained, epochs)
+        dist.barrier()
+    if rank < after:
+        model = make_model()
+        plain = torch.optim.AdamW(model.parameters(), lr=3e-4)
+        go_on(model, plain, lr_scheduler.CosineAnnealingLR(plain, T_max=1000), range(6))
+        assert_same_parameters(trained[0], model)
+        assert trained[1].param_groups[0]["lr"] == plain.param_groups[0]["lr"] < 3e-4

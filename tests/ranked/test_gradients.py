@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, AdamW, Optimizer
 
 from shardopt import Guards, ShardedOptimizer
+from shardopt.comm import Collectives, choose_collectives
 from tests.bank import BANK, DEFAULTS
 from tests.bank_runs import (
     SAVED_AT,
@@ -24,6 +25,7 @@ from tests.ranks import on_ranks
 from tests.twins import SMALL_BUCKETS, assert_same, assert_same_parameters, make_model
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
+every_way = pytest.mark.parametrize("kind", [*KINDS, "sharded, as many ranks"])
 UNUSED = Guards(find_unused_parameters=True)
 
 LossOf = Callable[[nn.Module, int, int], Tensor]  # of a model, a pass and a rank
@@ -42,6 +44,13 @@ def add(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return first if second is None else second if first is None else first + second
 
 
+def as_many() -> Collectives:
+    """The collectives of a few ranks, which agree as many would."""
+    collectives = choose_collectives(None)
+    collectives.gathers_up_to = 1
+    return collectives
+
+
 class Twins:
     """A model under ``ShardedOptimizer`` and an equal one under the plain class, on every rank.
 
@@ -50,7 +59,9 @@ class Twins:
     """
 
     def __init__(self, kind: str, rank: int, world_size: int, loss: LossOf = loss_of):
-        self.kind, self.rank, self.world_size, self.loss = kind, rank, world_size, loss
+        self.kind, *ways = kind.split(", ")
+        self.many = bool(ways)  # ranks agree as more of them would: by sums
+        self.rank, self.world_size, self.loss = rank, world_size, loss
         self.exact = True  # in the order of all sums
 
     def build(
@@ -62,6 +73,8 @@ class Twins:
     ) -> Twins:
         options = {"lr": 0.01, **options}
         sharded = {"kernel": "torch", "bucket_cap_mb": SMALL_BUCKETS, **(ours or {}), **options}
+        if self.many:
+            sharded["process_group"] = as_many()
         self.ours, self.theirs = make(), make()
         self.optimizer = ShardedOptimizer(
             self.ours.named_parameters(), optimizer_class, gradients=self.kind, **sharded
@@ -137,14 +150,15 @@ def loss_of_some(model: nn.Module, seed: int, rank: int) -> Tensor:
 
 
 @on_ranks(1, 2, 3)
-@every_kind
+@every_way
 @pytest.mark.parametrize("name", [*DEFAULTS, "AdamW amsgrad", "SGD momentum=0.9"])
 def test_every_class_equals_its_twin(kind, name, rank, world_size):
     """Two groups; gradients that come and go on each rank; saved, loaded, and gone on with."""
-    case, how = BANK[name], {"kernel": "torch", "gradients": kind, "guards": UNUSED}
+    twins = Twins(kind, rank, world_size, loss_of_some)
+    case, how = BANK[name], {"kernel": "torch", "gradients": twins.kind, "guards": UNUSED}
+    how |= {"process_group": as_many()} if twins.many else {}
     ours, theirs = start(case, **how), start(case)
     assert_sharded(ours)
-    twins = Twins(kind, rank, world_size, loss_of_some)
     twins.adopt(ours, theirs)
     for seed in range(SAVED_AT):
         twins.step(seed)
@@ -161,7 +175,7 @@ def test_every_class_equals_its_twin(kind, name, rank, world_size):
 
 
 @on_ranks(1, 2, 3)
-@every_kind
+@every_way
 @pytest.mark.parametrize("optimizer_class", [AdamW, SGD, Adagrad])
 def test_the_fused_kernel_of_auto(kind, optimizer_class, rank, world_size):
     twins = Twins(kind, rank, world_size).build(
@@ -175,7 +189,7 @@ def test_the_fused_kernel_of_auto(kind, optimizer_class, rank, world_size):
 
 
 @on_ranks(2, 3)
-@every_kind
+@every_way
 def test_construction_sends_the_first_ranks_parameters(kind, rank, world_size):
     """Frozen ones too; the twin starts as rank 0 does."""
 

@@ -12,7 +12,7 @@ from torch.optim import SGD, Adafactor, AdamW
 
 from shardopt import Guards, ShardedOptimizer
 from shardopt.errors import GradientError
-from tests.ranked.test_gradients import KINDS, UNUSED, Twins, every_kind, random
+from tests.ranked.test_gradients import KINDS, UNUSED, Twins, every_kind, every_way, random
 from tests.ranked.test_gradients_models import complexes, from_points, in_order, odd, tied
 from tests.ranks import on_ranks
 from tests.twins import SMALL_BUCKETS, assert_same_parameters, make_model
@@ -43,7 +43,7 @@ def assert_close_parameters(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 @on_ranks(1, 2, 3)
-@every_kind
+@every_way
 @pytest.mark.parametrize("order", ORDERS, ids=repr)
 def test_equals_torchs_on_the_mean(kind, order, rank, world_size):
     """A norm that is above the limit, and one that is below it; SGD shows the scale."""
@@ -68,7 +68,7 @@ MODELS = {
 
 
 @on_ranks(1, 3)
-@every_kind
+@every_way
 @pytest.mark.parametrize("order", [1, 2, 3.5, math.inf])
 @pytest.mark.parametrize("name", MODELS)
 def test_each_element_counts_once(kind, name, order, rank, world_size):
@@ -82,7 +82,7 @@ def test_each_element_counts_once(kind, name, order, rank, world_size):
 
 
 @on_ranks(2, 3)
-@every_kind
+@every_way
 @pytest.mark.parametrize("whole", CLASSES)
 def test_whole_parameters_and_absent_ones(kind, whole, rank, world_size):
     """Ranks differ in what they hold, and in which gradients they have."""
@@ -104,7 +104,7 @@ def test_whole_parameters_and_absent_ones(kind, whole, rank, world_size):
 
 
 @on_ranks(1, 2)
-@every_kind
+@every_way
 def test_again_and_again(kind, rank, world_size):
     """Each call sees what the one before has left."""
     twins = Twins(kind, rank, world_size).build(optimizer_class=SGD, lr=1.0)
@@ -125,7 +125,7 @@ def test_again_and_again(kind, rank, world_size):
 
 
 @on_ranks(1, 2, 3)
-@every_kind
+@every_way
 def test_the_next_backward_is_not_clipped(kind, rank, world_size):
     """Sharded adds to what is clipped, as torch does; local sends all of ``.grad`` again."""
     twins = Twins(kind, rank, world_size).build(optimizer_class=SGD, lr=1.0)
@@ -134,7 +134,7 @@ def test_the_next_backward_is_not_clipped(kind, rank, world_size):
     twins.backward(1)
     norm = twins.optimizer.clip_grad_norm_(1e9)
     means = [twins.means(seed) for seed in range(2)]
-    scale = 1e-3 / torch.nn.utils.get_total_norm(means[0]) if kind == "sharded" else 1.0
+    scale = 1e-3 / torch.nn.utils.get_total_norm(means[0]) if twins.kind == "sharded" else 1.0
     both = [first * scale + second for first, second in zip(*means, strict=True)]
     torch.testing.assert_close(norm, torch.nn.utils.get_total_norm(both), rtol=1e-5, atol=0)
     with twins.optimizer.no_sync():
@@ -147,7 +147,7 @@ def test_the_next_backward_is_not_clipped(kind, rank, world_size):
 
 
 @on_ranks(1, 2, 3)
-@every_kind
+@every_way
 def test_values(kind, rank, world_size):
     twins = Twins(kind, rank, world_size).build(optimizer_class=SGD, lr=1.0)
     twins.backward(0)
@@ -201,7 +201,7 @@ def test_an_order_that_is_none(kind, order, rank, world_size):
 
 
 @on_ranks(1, 2)
-@every_kind
+@every_way
 def test_an_infinite_norm(kind, rank, world_size):
     """Refused if wanted; else everything becomes zero or NaN, as in torch."""
     twins = Twins(kind, rank, world_size).build(optimizer_class=SGD, lr=1.0)

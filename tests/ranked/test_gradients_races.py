@@ -25,10 +25,13 @@ LONGEST = 2e-3  # seconds
 
 
 class Drowsy:
-    """A handle that sleeps before it waits, and after."""
+    """A handle that sleeps before it waits, and after, and may not notice that it is done."""
 
-    def __init__(self, handle: Any, doze: Callable[[], None]):
-        self._handle, self._doze = handle, doze
+    def __init__(self, handle: Any, doze: Callable[[], None], is_awake: Callable[[], bool]):
+        self._handle, self._doze, self._is_awake = handle, doze, is_awake
+
+    def is_done(self) -> bool:
+        return self._is_awake() and self._handle.is_done()
 
     def wait(self) -> None:
         self._doze()
@@ -57,7 +60,7 @@ class DrowsyCollectives(TorchCollectives):
         self._doze()
         handle = start(*arguments)
         self._doze()
-        return Drowsy(handle, self._doze)
+        return Drowsy(handle, self._doze, lambda: self._random.random() < 0.5)
 
     def all_gather(self, bucket, borders):
         return self._slowly(super().all_gather, bucket, borders)

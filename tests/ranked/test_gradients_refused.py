@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shardopt import Guards, ShardedOptimizer
 from shardopt.errors import AgreementError, GradientError, UnsupportedError
-from tests.ranked.test_gradients import UNUSED, Twins, every_kind, random
+from tests.ranked.test_gradients import UNUSED, Twins, every_kind, every_way, random
 from tests.ranks import on_ranks
 from tests.twins import assert_same, assert_same_parameters, make_model
 
@@ -33,7 +33,7 @@ def skips_a_layer(model: nn.Module, seed: int, rank: int) -> torch.Tensor:
 
 
 @on_ranks(1, 2, 3)
-@every_kind
+@every_way
 def test_a_missing_gradient_is_named_on_every_rank(kind, rank, world_size):
     twins = Twins(kind, rank, world_size, skips_a_layer).build()
     twins.backward(0)
@@ -47,7 +47,7 @@ def test_a_missing_gradient_is_named_on_every_rank(kind, rank, world_size):
 
 
 @on_ranks(1, 2, 3)
-@every_kind
+@every_way
 def test_unused_parameters_where_they_are_meant(kind, rank, world_size):
     """Present on any rank is present; on none (in a world of one), it is left alone."""
     twins = Twins(kind, rank, world_size, skips_a_layer).build(ours={"guards": UNUSED})
@@ -78,7 +78,7 @@ def spoilt(twins: Twins, seed: int, culprit: int, value: float) -> None:
 
 
 @on_ranks(1, 2, 3)
-@every_kind
+@every_way
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 @pytest.mark.parametrize("clips", [False, True])
 def test_what_is_not_finite_raises(kind, value, clips, rank, world_size):
@@ -96,7 +96,7 @@ def test_what_is_not_finite_raises(kind, value, clips, rank, world_size):
 
 
 @on_ranks(1, 2, 3)
-@every_kind
+@every_way
 def test_what_is_not_finite_skips(kind, rank, world_size):
     """State, parameters and step counts stay; gradients are used up."""
     twins = make_guarded(kind, "skip", rank, world_size)
@@ -111,7 +111,7 @@ def test_what_is_not_finite_skips(kind, rank, world_size):
 
 
 @on_ranks(2)
-@every_kind
+@every_way
 def test_what_is_not_finite_is_ignored_as_in_torch(kind, rank, world_size):
     twins = make_guarded(kind, "ignore", rank, world_size)
     spoilt(twins, 0, culprit=1, value=float("nan"))
@@ -121,7 +121,7 @@ def test_what_is_not_finite_is_ignored_as_in_torch(kind, rank, world_size):
 
 
 @on_ranks(2)
-@every_kind
+@every_way
 def test_what_is_forgotten_may_be_anything(kind, rank, world_size):
     """A NaN that ``model.zero_grad`` (local) or ``optimizer.zero_grad`` has cleared is none."""
     twins = make_guarded(kind, "raise", rank, world_size)
@@ -144,7 +144,7 @@ def test_a_sum_of_finite_means_is_looked_at_too(rank, world_size):
 
 
 @on_ranks(2, 3)
-@every_kind
+@every_way
 @pytest.mark.parametrize("clips", [False, True])
 def test_another_learning_rate_on_one_rank(kind, clips, rank, world_size):
     twins = Twins(kind, rank, world_size).build()
@@ -162,7 +162,7 @@ def test_another_learning_rate_on_one_rank(kind, clips, rank, world_size):
 
 
 @on_ranks(2, 3)
-@every_kind
+@every_way
 @pytest.mark.parametrize("odd", ["skips", "repeats", "goes through one more"])
 def test_another_number_of_steps_on_one_rank(kind, odd, rank, world_size):
     """A step left out, one too many, and a backward too many."""
@@ -217,7 +217,7 @@ CALLS = {
 
 
 @on_ranks(2, 3)
-@every_kind
+@every_way
 @pytest.mark.parametrize("name", CALLS)
 def test_another_call_on_one_rank(kind, name, rank, world_size):
     fact, most, odd = CALLS[name]
@@ -232,7 +232,7 @@ def test_another_call_on_one_rank(kind, name, rank, world_size):
 
 
 @on_ranks(2, 3)
-@every_kind
+@every_way
 @pytest.mark.parametrize("cap", [25.0, 1e-4])
 def test_trained_on_some_ranks_only(kind, cap, rank, world_size):
     """Alone in its bucket or not."""
@@ -240,7 +240,7 @@ def test_trained_on_some_ranks_only(kind, cap, rank, world_size):
     twins.step(0)
     twins.ours[2].weight.requires_grad_(rank != 1)
     twins.backward(1)
-    with refuses(AgreementError, "requires_grad of '2.weight'", "rank 1 has False"):
+    with refuses(AgreementError, "requires_grad of parameter '2.weight'", "rank 1 has False"):
         twins.optimizer.step()
     assert_same_parameters(twins.ours, twins.theirs)
     twins.ours[2].weight.requires_grad_(True)

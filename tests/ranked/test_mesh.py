@@ -137,6 +137,32 @@ def test_what_one_rank_does_is_named_in_every_replica(rank):
 
 
 @on_ranks(4)
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_ranks_agree_by_sums_over_both_axes(kind, rank, monkeypatch):
+    """Each shard counts once; what differs is named as on few ranks."""
+    model, few = make_model(), make_model()
+    optimizer = on_mesh(model, (2, 2), gradients=kind, guards=Guards(nonfinite="raise"))
+    optimizer.collectives.gathers_up_to = 1
+    other = on_mesh(few, (2, 2), gradients=kind)
+    for step in range(3):
+        loss_of(model, step, rank).backward()
+        loss_of(few, step, rank).backward()
+        with monkeypatch.context() as patch:
+            if step > 0:
+                patch.setattr(MeshCollectives, "all_gather_rows", None)
+            norm = optimizer.clip_grad_norm_(1e9)
+            optimizer.step()
+        torch.testing.assert_close(norm, other.clip_grad_norm_(1e9), rtol=1e-6, atol=0)
+        other.step()
+        assert_same([*model.parameters()], [*few.parameters()])
+    loss_of(model, 0, rank).backward()
+    if rank == 3:
+        optimizer.param_groups[0]["lr"] = 7.0
+    with pytest.raises(AgreementError, match=r"group 0, lr: rank 3 has 7\.0, rank 0 has 0\.01"):
+        optimizer.step()
+
+
+@on_ranks(4)
 def test_parameters_start_as_those_of_the_first_rank(rank):
     model, first = make_model(rank), make_model(0)
     on_mesh(model, (2, 2), late=True, gradients="local")

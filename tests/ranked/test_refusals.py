@@ -94,7 +94,7 @@ def overlapping():
 
 PARAMETERS = {
     lazy: "parameter 'weight' is not initialized; run a first forward pass before",
-    lazy_without_a_name: "parameter '0, of shape unknown' is not initialized; run a first forward",
+    lazy_without_a_name: "parameter 0 of unknown shape is not initialized; run a first forward",
     without_memory: "'weight': expected an ordinary dense tensor with memory, got .* on meta",
     distributed: "'weight': expected an ordinary dense tensor with memory, got DTensor",
     sparse: "'weight': expected an ordinary dense tensor with memory, got .* torch.sparse_coo",
@@ -158,7 +158,7 @@ def test_a_sparse_gradient_of_a_cut_parameter_is_named(optimizer_class, steps):
     trained.give_gradients()
     trained.ours[1].grad = a_sparse_gradient()
     with pytest.raises(
-        ParameterError, match=r"'1, of .*: expected a dense gradient for .*, got torch.sp"
+        ParameterError, match=r"parameter 1 of .*: expected a dense gradient for .*, got torch.sp"
     ):
         trained.optimizer.step()
     trained.train(2)

@@ -169,7 +169,9 @@ def test_a_table_that_one_rank_alone_looks_up(kind, rank, world_size):
         twins.follow()
     strict = ShardedOptimizer(twins.ours.named_parameters(), SparseAdam, gradients=kind)
     twins.ours[0](torch.tensor([3])).sum().backward()
-    with pytest.raises(GradientError, match=r"got none on rank 0 for '1.weight' and 1 more"):
+    with pytest.raises(
+        GradientError, match=r"got none on rank 0 for parameter '1.weight' and 1 more"
+    ):
         strict.step()
 
 
@@ -184,7 +186,7 @@ def test_a_nan_on_one_rank(kind, policy, rank, world_size):
     (loss * float("nan") if rank == 1 else loss).backward()
     if policy == "raise":
         with pytest.raises(
-            GradientError, match=r"gradient of '0.weight' from rank 1 is not finite"
+            GradientError, match=r"gradient of parameter '0.weight' from rank 1 is not finite"
         ):
             twins.optimizer.step()
         twins.optimizer.zero_grad()
@@ -264,7 +266,7 @@ def test_dense_tables_are_refused_on_every_rank():
 @on_ranks(1, 2)
 @every_kind
 def test_what_cannot_be_cut_between_rows_is_refused(kind):
-    with pytest.raises(UnsupportedError, match=r"'0.*': expected a contiguous tensor"):
+    with pytest.raises(UnsupportedError, match=r"parameter 0 of .*: expected a contiguous tensor"):
         ShardedOptimizer([Parameter(torch.ones(6, 5).t())], SparseAdam)
     parameter = Parameter(torch.ones(6, 5))
     optimizer = ShardedOptimizer([("table", parameter)], SparseAdam, gradients=kind)
@@ -410,7 +412,7 @@ def test_a_nan_in_replicated_sparse_gradients(optimizer_class):
         if not bad:
             optimizer.step()
             continue
-        with pytest.raises(GradientError, match=r"gradient of 'weight' .* is not finite"):
+        with pytest.raises(GradientError, match=r"gradient of parameter 'weight' .* is not finite"):
             optimizer.step()
         assert_same(table.weight.detach(), before)
 

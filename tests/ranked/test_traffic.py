@@ -40,6 +40,10 @@ class Counted(Collectives):
         self.calls.append(("all_gather_rows", row.numel()))
         return self.inner.all_gather_rows(row)
 
+    def sum_rows(self, row):
+        self.calls.append(("sum_rows", row.numel()))
+        return self.inner.sum_rows(row)
+
     def broadcast(self, tensor, source):
         self.calls.append(("broadcast", tensor.numel()))
         return self.inner.broadcast(tensor, source)
@@ -124,6 +128,28 @@ def test_a_step_reduces_and_gathers_each_bucket_once_and_agrees_once(kind, clips
 
 @on_ranks(2, 3)
 @pytest.mark.parametrize("kind", ["replicated", *KINDS])
+@pytest.mark.parametrize("clips", [False, True])
+def test_many_ranks_agree_by_one_sum_and_nothing_else(kind, clips, rank):
+    collectives = Counted(choose_collectives(None))
+    collectives.gathers_up_to = 1
+    model = make_model()
+    guards = Guards(nonfinite="raise")
+    optimizer = ShardedOptimizer(
+        model.parameters(), AdamW, collectives, gradients=kind, guards=guards
+    )
+    for step in range(3):
+        loss_of(model, step, 0 if kind == "replicated" else rank).backward()
+        collectives.calls.clear()
+        if clips:
+            optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+        agreed = [call for call in collectives.calls if "rows" in call[0]]
+        optimizer.zero_grad()
+    assert agreed == [("sum_rows", 1 + 1 + 2 * 4 + 1)], "one word for up to 26 parameters"
+
+
+@on_ranks(2, 3)
+@pytest.mark.parametrize("kind", ["replicated", *KINDS])
 @pytest.mark.parametrize("optimizer_class", [AdamW, WholeAdamW], ids=lambda c: c.__name__)
 def test_a_gather_starts_as_soon_as_its_bucket_is_updated(kind, optimizer_class, monkeypatch):
     """Where the class may go bucket by bucket, which is known of torch's own."""
@@ -150,37 +176,83 @@ def test_a_gather_starts_as_soon_as_its_bucket_is_updated(kind, optimizer_class,
 
 
 class Waits(TorchCollectives):
-    """Counts who waits for a reduction."""
+    """Counts who starts a reduction and who waits for one; they end at once, or when waited for."""
 
-    def __init__(self):
+    def __init__(self, *, quick: bool):
         super().__init__()
-        self.num_waits = 0
+        self.quick, self.num_started, self.num_waits = quick, 0, 0
 
     def reduce_scatter(self, bucket, borders, out):
         reduction = super().reduce_scatter(bucket, borders, out)
         wait = reduction.wait
+        self.num_started += 1
 
         def counting():
-            self.num_waits += 1
+            self.num_waits += not self.quick
             wait()
 
-        reduction.wait = counting
+        reduction.wait, reduction.is_done = counting, lambda: self.quick
         return reduction
 
 
 @on_ranks(2, 3)
 @pytest.mark.parametrize("kind", KINDS)
-def test_backward_waits_for_nothing_but_room(kind, rank):
-    """At most two buckets are under way, so the third waits for the first."""
-    model, collectives = make_model(), Waits()
+@pytest.mark.parametrize("quick", [True, False])
+def test_backward_waits_for_nothing_but_room(kind, quick, rank):
+    """At most two buckets are under way: a third waits in the hook, or (local) for a later one."""
+    model, collectives = make_model(), Waits(quick=quick)
     options = {"gradients": kind, "bucket_cap_mb": 1e-6}
     optimizer = ShardedOptimizer(model.parameters(), AdamW, collectives, **options)
-    num_buckets = len(optimizer._shard.layout.buckets)
-    assert num_buckets == 6
+    assert len(optimizer._shard.layout.buckets) == 6
+    after_hooks = []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: after_hooks.append((collectives.num_started, collectives.num_waits))
+        )
     loss_of(model, 0, rank).backward()
-    assert collectives.num_waits == num_buckets - 2
+    room = 6 if quick or kind == "sharded" else 2
+    waits = 0 if quick or kind == "local" else 4
+    assert after_hooks == [(min(n, room), min(max(n - 2, 0), waits)) for n in range(1, 7)]
+    assert (collectives.num_started, collectives.num_waits) == (6, 0 if quick else 4)
     optimizer.step()
-    assert collectives.num_waits == num_buckets
+    assert (collectives.num_started, collectives.num_waits) == (6, 0 if quick else 6)
+
+
+@on_ranks(2, 3)
+@pytest.mark.parametrize("quick", [True, False])
+def test_optimizers_on_one_channel_start_in_the_order_in_which_buckets_are_ready(quick, rank):
+    """Although, where ``.grad`` stays, only time tells when there is room."""
+    model, started = make_model(), []
+
+    class Named(Waits):
+        def reduce_scatter(self, bucket, borders, out):
+            started.append(bucket.numel())
+            return super().reduce_scatter(bucket, borders, out)
+
+    options = {"gradients": "local", "bucket_cap_mb": 1e-6}
+    halves = [[*model.parameters()][half::2] for half in range(2)]
+    optimizers = [
+        ShardedOptimizer(half, AdamW, Named(quick=quick and rank == 0), **options)
+        for half in halves
+    ]
+    loss_of(model, 0, rank).backward()
+    sizes = {}
+    for optimizer, half in zip(optimizers, halves, strict=True):
+        for parameter, bucket in zip(reversed(half), optimizer._shard.layout.buckets, strict=True):
+            sizes[parameter] = bucket.numel
+    arrivals = [sizes[parameter] for parameter in order_of_arrival(model, rank)]
+    assert started == arrivals
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def order_of_arrival(model: torch.nn.Module, rank: int) -> list[torch.Tensor]:
+    """Of gradients, in a backward without any optimizer."""
+    twin, arrived = make_model(), []
+    for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+        other.register_post_accumulate_grad_hook(lambda _, own=parameter: arrived.append(own))
+    loss_of(twin, 0, rank).backward()
+    return arrived
 
 
 @on_ranks(1, 2, 3)

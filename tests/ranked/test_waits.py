@@ -31,6 +31,9 @@ class Deferred:
     def wait(self):
         self._start().wait()
 
+    def is_done(self):
+        return False
+
 
 class DeferredCollectives(TorchCollectives):
     """The same collectives, as late as possible. No bucket is gathered twice at a time."""

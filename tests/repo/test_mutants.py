@@ -49,7 +49,9 @@ MESH = "test_mesh.py::test_as_on_one_axis_within_rounding"
 MESH_STATE = "test_mesh.py::test_state_is_put_together_in_every_replica_and_loaded_there"
 MESH_START = "test_mesh.py::test_parameters_start_as_those_of_the_first_rank"
 MESH_NAMES = "test_mesh.py::test_what_one_rank_does_is_named_in_every_replica"
-ON_FOUR_RANKS = (SUBGROUPS, MESH, MESH_STATE, MESH_START, MESH_NAMES)
+MESH_SUMS = "test_mesh.py::test_many_ranks_agree_by_sums_over_both_axes"
+SUMS = "test_traffic.py::test_many_ranks_agree_by_one_sum_and_nothing_else"
+ON_FOUR_RANKS = (SUBGROUPS, MESH, MESH_STATE, MESH_START, MESH_NAMES, MESH_SUMS)
 
 # The beginning of a site's name -> the test; the longest that fits counts.
 KILLERS = {
@@ -60,11 +62,13 @@ KILLERS = {
     "comm/collectives.py::gather_texts": TEXTS,
     "comm/mesh.py": MESH,
     "comm/mesh.py::MeshCollectives.all_gather_rows": MESH_NAMES,
+    "comm/mesh.py::MeshCollectives.sum_rows": MESH_SUMS,
     "comm/mesh.py::MeshCollectives.broadcast": MESH_START,
     "comm/mesh.py::MeshCollectives.send": MESH_STATE,
     "comm/mesh.py::MeshCollectives.receive": MESH_STATE,
     "comm/torch_group.py": WAITS,
     "comm/torch_group.py::TorchCollectives.all_to_all": GRADIENTS,
+    "comm/torch_group.py::TorchCollectives.sum_rows": SUMS,
     "comm/torch_group.py::_Reduced": GRADIENTS,
     "comm/torch_group.py::_know_equally_many_groups": SUBGROUPS,
     "comm/transfer.py": WAITS,
@@ -73,6 +77,7 @@ KILLERS = {
     "gradients/": GRADIENTS,
     "gradients/reduced_shards.py::ReducedShards.clear": FORGOTTEN,
     "gradients/reducer.py::Reducer._refuse_uneven": OTHER_LR,
+    "gradients/report.py::_add_up": SUMS,
     "gradients/replicated.py::Replicated.settle::agree": OTHER_LR,
     "guard.py::agree::": OTHER_TARGET,
     "guard.py::all_or_none": MISFIT,
