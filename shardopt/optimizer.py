@@ -15,13 +15,8 @@ from shardopt import update, validation
 from shardopt.algos import Algorithm, algorithms_for, class_name
 from shardopt.arrivals import Arrivals
 from shardopt.comm import Collectives, choose_collectives
-from shardopt.gradients import (
-    GradientMethods,
-    Gradients,
-    gradients_of,
-    refuse_ddp,
-    refuse_gradients,
-)
+from shardopt.gradients import GradientMethods, Gradients, gradients_of
+from shardopt.gradients.refusals import refuse_ddp, refuse_gradients
 from shardopt.guard import agree, agree_on_gradients, agree_on_values, all_or_none
 from shardopt.policies import Guards
 from shardopt.shard import Group, Shard, unique_parameters
@@ -132,8 +127,7 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer):
                 validation.probe(self.optimizer_class, [param_group], self._shard.options)
                 algorithms = algorithms_for([param_group], self.optimizer_class)
                 super().add_param_group(param_group)
-                everything = [*self._shard.algorithms, *algorithms]
-                validation.refuse_parameters(self.param_groups, everything)
+                validation.refuse_parameters(self.param_groups, self._shard.algorithms + algorithms)
             self._build(self.param_groups[num_known:], algorithms, {})
         except Exception:
             del self.param_groups[num_known:]

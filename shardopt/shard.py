@@ -237,7 +237,9 @@ class Shard:
             and free
             and self._may_fuse[number]
             and self.algorithms[number].fused(group)
-            and not any(self._index[id(parameter)] in sparse for parameter in group["params"])
+            and not (
+                sparse and any(self.index(parameter) in sparse for parameter in group["params"])
+            )
         ):
             options["fused"] = True
         return options

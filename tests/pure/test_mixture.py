@@ -108,7 +108,7 @@ def test_a_class_joins_a_known_optimizer_which_keeps_its_state():
     state = known.state[first]
     group = {"params": [second], "optimizer_class": Adagrad}
     mixed = joined(known, instance_of(SGD, [group], {"lr": 0.1}), {"lr": 0.1, "momentum": 0.9})
-    mixed = joined(mixed, SGD([third], lr=0.2), {"lr": 0.1, "momentum": 0.9})
+    mixed = joined(mixed, SGD([third], lr=0.2, momentum=0.5), {"lr": 0.1, "momentum": 0.9})
     assert mixed.state[first] is state and "sum" in mixed.state[second]
     assert [group["lr"] for group in mixed.param_groups] == [0.1, 0.01, 0.2]
     for parameter in (first, second, third):

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.optim import LBFGS, SGD, Adafactor, Adagrad, AdamW, Muon, lr_scheduler
+from torch.optim import LBFGS, SGD, Adafactor, Adagrad, AdamW, Muon, SparseAdam, lr_scheduler
 
 from shardopt import ShardedOptimizer
 from shardopt.errors import AgreementError, ParameterError, UnsupportedError
@@ -75,7 +75,7 @@ def test_equals_the_classes_side_by_side(gradients, world_size, rank):
     assert {bucket.atom.value for bucket in layout.buckets} == {"element", "tensor"}
 
 
-@on_ranks(1, 2)
+@on_ranks(2)
 def test_a_group_has_the_options_of_its_class_and_no_others():
     groups = mixed(make_model()).param_groups
     plain = side_by_side(make_model())
@@ -92,7 +92,7 @@ def test_a_group_has_the_options_of_its_class_and_no_others():
     assert groups[1]["weight_decay"] == 0.1 and groups[2]["weight_decay"] == 0.2
 
 
-@on_ranks(1, 2)
+@on_ranks(2)
 def test_a_group_may_name_the_main_class_and_then_has_its_defaults():
     parameters, twins = random_parameters((70, 33), (5,)), random_parameters((70, 33), (5,))
     groups = [{"params": parameters[:1]}, {"params": parameters[1:], "optimizer_class": AdamW}]
@@ -108,7 +108,7 @@ def test_a_group_may_name_the_main_class_and_then_has_its_defaults():
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 1e-3]
 
 
-@on_ranks(1, 2)
+@on_ranks(2)
 def test_the_groups_that_were_given_serve_again():
     model = make_model()
     groups = groups_of(model)
@@ -117,7 +117,7 @@ def test_the_groups_that_were_given_serve_again():
     ShardedOptimizer(groups, AdamW)
 
 
-@on_ranks(1, 2)
+@on_ranks(2)
 def test_every_class_has_the_kernel_that_suits_it():
     model = make_model()
     optimizer = mixed(model, kernel="auto")
@@ -162,6 +162,34 @@ def test_three_classes_and_state_at_construction():
     for optim in plain:
         state |= {len(state) + i: entry for i, entry in optim.state_dict()["state"].items()}
     assert_same(optimizer.state_dict()["state"], state)
+
+
+@on_ranks(1, 2)
+@pytest.mark.parametrize("gradients", ["replicated", "sharded"])
+def test_a_table_cut_by_rows_beside_matrices(gradients):
+    def parts():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            return nn.Embedding(90, 40, sparse=True), nn.Linear(40, 70)
+
+    (table, linear), (their_table, their_linear) = parts(), parts()
+    groups = [
+        {"params": linear.parameters()},
+        {"params": table.parameters(), "optimizer_class": SparseAdam, "lr": 0.1},
+    ]
+    optimizer = ShardedOptimizer(groups, AdamW, gradients=gradients, kernel="torch")
+    plain = [AdamW(their_linear.parameters()), SparseAdam(their_table.parameters(), lr=0.1)]
+    for step in range(3):
+        tokens = torch.randint(90, (8,), generator=torch.Generator().manual_seed(step))
+        for one, other, each in ((table, linear, [optimizer]), (their_table, their_linear, plain)):
+            for optim in each:
+                optim.zero_grad()
+            other(one(tokens)).square().sum().backward()
+            for optim in each:
+                optim.step()
+    assert torch.equal(table.weight, their_table.weight)
+    assert torch.equal(linear.weight, their_linear.weight)
+    assert {bucket.atom.value for bucket in optimizer._shard.layout.buckets} == {"element", "row"}
 
 
 # -- state -----------------------------------------------------------------------------------------
@@ -299,7 +327,7 @@ def test_a_refused_group_leaves_no_trace():
 # -- what is refused -------------------------------------------------------------------------------
 
 
-@on_ranks(1, 2)
+@on_ranks(2)
 @pytest.mark.parametrize("named", ["Muon", None, nn.Linear], ids=str)
 def test_what_is_no_optimizer_class_is_refused(named):
     group = {"params": random_parameters((5, 5)), "optimizer_class": named}
@@ -357,7 +385,7 @@ def test_ranks_agree_on_the_class_of_a_group(rank, later):
             ShardedOptimizer([{"params": [first]}, group], AdamW)
 
 
-@on_ranks(1, 2)
+@on_ranks(2)
 def test_lbfgs_beside_others_is_refused():
     first, second = random_parameters((5, 5), (6, 6))
     for main, named in ((AdamW, LBFGS), (LBFGS, AdamW)):
@@ -394,7 +422,7 @@ SCHEDULERS = {
 }
 
 
-@on_ranks(1, 2)
+@on_ranks(2)
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers_move_every_class(name):
     two = Two()
