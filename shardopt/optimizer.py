@@ -18,6 +18,7 @@ from shardopt.comm import Collectives, choose_collectives
 from shardopt.gradients import GradientMethods, Gradients, gradients_of
 from shardopt.gradients.refusals import refuse_ddp, refuse_gradients
 from shardopt.guard import agree, agree_on_gradients, agree_on_values, all_or_none
+from shardopt.inner import InnerMethods
 from shardopt.policies import Guards
 from shardopt.shard import Group, Shard, unique_parameters
 from shardopt.state import Snapshot, StatefulOptimizer
@@ -25,7 +26,7 @@ from shardopt.state import Snapshot, StatefulOptimizer
 _log = logging.getLogger("shardopt")
 
 
-class ShardedOptimizer(GradientMethods, StatefulOptimizer):
+class ShardedOptimizer(GradientMethods, StatefulOptimizer, InnerMethods):
     """A ``torch.optim`` optimizer whose state is sharded over ranks (ZeRO stage 1).
 
     Computes what ``optimizer_class`` computes on one device, with about 1/N of the optimizer
@@ -34,6 +35,9 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer):
 
     Construction is collective: all ranks bring the same parameters, options and values. The
     parameters become views of flat buffers; they stay the same objects.
+
+    Public methods that the class has of its own (schedule-free's ``train()`` and ``eval()``) are
+    methods of this, too: all ranks call them alike, and they see no gradients.
 
     Args:
         params: parameters, named parameters, or dicts of groups, as for any optimizer. A group
@@ -252,11 +256,6 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer):
         self._arrivals.wait()
 
     # -- for tools -----------------------------------------------------------------------------
-
-    @property
-    def optim(self) -> Optimizer:
-        """The local optimizer over this rank's segments, for tools that look."""
-        return self._shard.optim
 
     def agree(self, facts: Mapping[str, object], remedy: str) -> None:
         """Raise ``AgreementError`` on every rank unless all bring the same facts. Collective.

@@ -34,26 +34,43 @@ def update_buckets(
     Yields:
         The number of each bucket, as soon as it is updated.
     """
-    inner_groups = shard.optim.param_groups
-    pushed = [shard.inner_options(number, group, sparse) for number, group in enumerate(groups)]
-    for inner, options in zip(inner_groups, pushed, strict=True):
-        inner.update(options)
+    pushed = push_options(shard, groups, sparse)
     if all(algorithm.separable for algorithm in shard.algorithms):
-        whole = [inner["params"] for inner in inner_groups]
-        try:
-            for number, parts in enumerate(_by_bucket(shard)):
-                for inner, tensors in zip(inner_groups, parts, strict=True):
-                    inner["params"] = tensors
-                _step_on(shard, [number], gradient_of)
-                yield number
-        finally:
-            for inner, tensors in zip(inner_groups, whole, strict=True):
-                inner["params"] = tensors
+        yield from _update_one_by_one(shard, gradient_of)
     else:
         everything = range(len(shard.layout.buckets))
         _step_on(shard, everything, gradient_of)
         yield from everything
-    for group, inner, options in zip(groups, inner_groups, pushed, strict=True):
+    pull_options(shard, groups, pushed)
+
+
+def _update_one_by_one(shard: Shard, gradient_of: Callable[[int], Tensor | None]) -> Iterator[int]:
+    inner_groups = shard.optim.param_groups
+    whole = [inner["params"] for inner in inner_groups]
+    try:
+        for number, parts in enumerate(_by_bucket(shard)):
+            for inner, tensors in zip(inner_groups, parts, strict=True):
+                inner["params"] = tensors
+            _step_on(shard, [number], gradient_of)
+            yield number
+    finally:
+        for inner, tensors in zip(inner_groups, whole, strict=True):
+            inner["params"] = tensors
+
+
+def push_options(
+    shard: Shard, groups: Sequence[Group], sparse: frozenset[int] = frozenset()
+) -> list[Group]:
+    """Give the class the options of the user's groups; returns what it was given."""
+    pushed = [shard.inner_options(number, group, sparse) for number, group in enumerate(groups)]
+    for inner, options in zip(shard.optim.param_groups, pushed, strict=True):
+        inner.update(options)
+    return pushed
+
+
+def pull_options(shard: Shard, groups: Sequence[Group], pushed: Sequence[Group]) -> None:
+    """Take over into the user's groups what the class has changed since it was ``pushed``."""
+    for group, inner, options in zip(groups, shard.optim.param_groups, pushed, strict=True):
         for key, value in inner.items():
             if key not in NOT_OPTIONS and (key not in options or value is not options[key]):
                 group[key] = value
@@ -94,9 +111,16 @@ def gather(
     shard: Shard,
     numbers: Iterable[int],
     changed: Iterable[int],
-    gradient_of: Callable[[int], Tensor | None],
+    gradient_of: Callable[[int], Tensor | None] | None = None,
 ) -> dict[int, Handle]:
     """Start to gather buckets in the order in which they come; tell autograd what has changed.
+
+    Args:
+        shard: whose buckets.
+        numbers: of the buckets.
+        changed: indices of the parameters that differ from what they were.
+        gradient_of: parameter index -> the gradient that has updated its segment; of parameters
+            cut between rows, only rows in it travel. ``None``: all do.
 
     Returns:
         The number of each bucket -> its handle.
@@ -104,7 +128,7 @@ def gather(
     buckets, buffers = shard.layout.buckets, shard.buffers.buckets
     handles = {}
     for number in numbers:
-        if buckets[number].atom is Atom.ROW:
+        if buckets[number].atom is Atom.ROW and gradient_of is not None:
             handles[number] = gather_rows(shard, number, gradient_of)
         else:
             borders = buckets[number].borders

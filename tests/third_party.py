@@ -1,7 +1,7 @@
 """Optimizer classes that are not torch's, as a user might bring them."""
 
 import torch
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from shardopt.algos import register
 
@@ -62,6 +62,33 @@ class Lion(Optimizer):
         parameter.mul_(1 - lr * weight_decay)
         parameter.sub_(lr * state["exp_avg"].lerp(gradient, 1 - betas[0]).sgn())
         state["exp_avg"].lerp_(gradient, 1 - betas[1])
+
+
+class Scaling(SGD):
+    """Has methods of its own, which change parameters, options and state."""
+
+    fails = False
+
+    def __init__(self, params, lr=0.1, **options):
+        super().__init__(params, lr=lr, **options)
+        self.handler = self.scale
+
+    @torch.no_grad()
+    def scale(self, factor):
+        if self.fails:
+            raise ValueError(f"no factor {factor}")
+        for group in self.param_groups:
+            group["lr"] *= factor
+            for parameter in group["params"]:
+                parameter.mul_(factor)
+                self.state[parameter]["factor"] = factor
+        return self
+
+    def num_groups(self):
+        return len(self.param_groups)
+
+    def _hidden(self):
+        raise AssertionError("nobody calls this")
 
 
 register(Lion, per_element=["exp_avg"])

@@ -95,6 +95,11 @@ def joined(known: Optimizer, fresh: Optimizer, options: Mapping[str, Any]) -> Op
     return known
 
 
+def parts_of(optimizer: Optimizer) -> list[Optimizer]:
+    """The instances that a mixture is made of; any other optimizer alone."""
+    return list(optimizer._parts.values()) if isinstance(optimizer, Mixture) else [optimizer]
+
+
 def step_without_hooks(optimizer: Optimizer) -> None:
     """``optimizer.step()`` without torch's hook wrapper: global hooks fire for an outer step."""
     step = type(optimizer).step

@@ -17,6 +17,7 @@ from shardopt.errors import AgreementError
 from shardopt.gradients import reducer
 from tests.each_rank import KINDS, loss_of, mean_gradients
 from tests.ranks import on_ranks
+from tests.third_party import Scaling
 from tests.twins import SMALL_BUCKETS, assert_same, assert_same_parameters, make_model, train
 
 
@@ -134,6 +135,20 @@ def test_gradients_wait_for_what_they_use(kind, on_host, rank, world_size, monke
             torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0)
         twin.step()
         assert_same_parameters(ours, theirs)
+
+
+@on_ranks(2, 3)
+def test_a_method_of_the_class_waits_for_the_step_before():
+    """Nothing of the model has looked at the parameters in between."""
+    ours, theirs = make_model(), make_model()
+    options = {"lr": 0.1, "bucket_cap_mb": SMALL_BUCKETS}
+    optimizer = ShardedOptimizer(ours.parameters(), Scaling, DeferredCollectives(), **options)
+    optimizer.overlap_forward(ours)
+    twin = Scaling(theirs.parameters(), lr=0.1)
+    for model, each in ((ours, optimizer), (theirs, twin)):
+        train(model, each, 0, 1)
+        each.scale(0.5)
+    assert_same_parameters(ours, theirs)
 
 
 @on_ranks(2, 3)

@@ -15,7 +15,7 @@ LEVELS = (
     {"comm", "algos", "sched"},
     {"sparse", "buffers", "planner"},
     {"guard", "shard", "rows", "update", "arrivals", "local_state", "validation", "gradients"},
-    {"optimizer", "state"},
+    {"optimizer", "state", "inner"},
     {"checkpoint", "scaler"},
     {"cli", "__main__", "integrations", "compat", "selftest"},
     {"__init__"},

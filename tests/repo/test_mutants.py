@@ -43,6 +43,9 @@ ROWS = "test_waits.py::test_rows_of_tables_wait_for_what_they_use"
 FORGOTTEN = "test_waits.py::test_what_is_forgotten_has_arrived_before"
 LOOKS = "test_overlap.py::test_looking_waits"
 DROPPED = "test_overlap.py::test_changing_a_parameter_and_dropping_the_optimizer_wait"
+METHOD = "test_waits.py::test_a_method_of_the_class_waits_for_the_step_before"
+OTHER_METHOD = "test_third_party.py::test_ranks_that_call_different_methods_are_told"
+FAILED_METHOD = "test_third_party.py::test_what_a_method_raises_on_one_rank_is_raised_on_all"
 TWO_STEPS = "test_overlap.py::test_a_step_waits_for_the_one_before"
 SCALER = "test_scaler.py::test_equals_torchs_scaler_on_the_mean"
 MESH = "test_mesh.py::test_as_on_one_axis_within_rounding"
@@ -84,6 +87,9 @@ KILLERS = {
     "guard.py::agree_on_values": OTHER_VALUE,
     "guard.py::agree_on_gradients": OTHER_GRADIENT,
     "guard.py::_agree_on_tensors": OTHER_VALUE,
+    "inner.py::InnerMethods._call::wait": METHOD,
+    "inner.py::InnerMethods._call::agree": OTHER_METHOD,
+    "inner.py::InnerMethods._call::all_or_none": FAILED_METHOD,
     "optimizer.py::ShardedOptimizer.__init__": REFUSED,
     "optimizer.py::ShardedOptimizer.add_param_group": REFUSED_GROUP,
     "optimizer.py::ShardedOptimizer._build::agree": OTHER_FACT,
