@@ -12,7 +12,7 @@ from shardopt import ShardedOptimizer
 from shardopt.errors import AgreementError, UnsupportedError
 from tests.pairs import Pair, WholeAdamW, comparable, four, pair, random_gradient, random_parameters
 from tests.ranks import on_ranks
-from tests.twins import assert_same
+from tests.twins import SMALL_BUCKETS, assert_same
 
 CLASSES = [AdamW, SGD, Adagrad, Adafactor, WholeAdamW]
 every_class = pytest.mark.parametrize("optimizer_class", CLASSES, ids=lambda c: c.__name__)
@@ -158,6 +158,19 @@ def test_an_added_parameter_without_a_gradient_has_no_state(optimizer_class, ste
     trained.assert_same()
     trained.train(2, missing=[4])
     trained.train(2)
+
+
+@on_ranks(1, 2, 3)
+def test_what_added_groups_begin_with_is_known_without_communication():
+    """A class makes the state of the groups that it is constructed with."""
+    optimizer = ShardedOptimizer(four(), AdamW, bucket_cap_mb=SMALL_BUCKETS)
+    for shape in ((33, 90), (9, 8)):
+        parameters = random_parameters(shape)
+        optimizer.add_param_group({"params": parameters, "optimizer_class": Adagrad})
+    before = comparable(optimizer.state_dict())
+    assert list(before["state"]) == [4]
+    optimizer.consolidate_state_dict(to=None)
+    assert_same(comparable(optimizer.state_dict()), before)
 
 
 @on_ranks(1, 2, 3)
