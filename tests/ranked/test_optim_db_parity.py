@@ -67,6 +67,7 @@ def compare(case: Case, presence: str, rank: int) -> None:
         check(case, presence, rank)
 
 
+@pytest.mark.slow  # the bank is fast
 @on_ranks(1, 2, 3)
 @pytest.mark.parametrize("name", OF_TORCH)
 def test_equals_the_class(name, rank):

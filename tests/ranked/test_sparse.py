@@ -23,8 +23,10 @@ from tests.ranked.test_traffic import Counted
 from tests.ranks import on_ranks
 from tests.twins import assert_same
 
-# Torch's, once a process, about what Adagrad does inside.
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+pytestmark = [
+    pytest.mark.slow,  # the bank is fast
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks"),  # torch's, within Adagrad
+]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 TABLES = [(97, 7), (5, 3), (1, 4)]  # one is cut, and on three ranks not all have rows of each
 
@@ -328,7 +330,6 @@ def train_large_table(table, optimizer, kind: str, rank: int, world_size: int) -
         optimizer.zero_grad()
 
 
-@pytest.mark.slow
 @on_ranks(1, 2, 3)
 @pytest.mark.parametrize("kind", ["replicated", *KINDS])
 def test_memory_of_a_large_table(kind, rank, world_size):
