@@ -54,7 +54,8 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer, InnerMethods):
             construction, and ``step`` leaves ``.grad`` as ``None``.
         kernel: ``"torch"``: the class with the user's ``foreach`` and ``fused``, bit for bit.
             ``"auto"``: the same, but torch's fused kernel where the class has one that is safe
-            (Adam, AdamW, SGD without momentum, Adagrad on a CPU) and the user chose neither flag.
+            (Adam, AdamW, SGD without momentum, Adagrad on a CPU) and the user chose neither flag;
+            Muon in batches, near to the class (``shardopt/algos/muon.py``).
         guards: what is checked while training, and what happens then.
         bucket_cap_mb: size of the buffers that are communicated as one, in MiB.
         **options: options of ``optimizer_class`` (``lr=3e-4, weight_decay=0.1``).

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from shardopt.algos import Algorithm, class_name
+from shardopt.algos import Algorithm, algorithm_for, class_name
 from shardopt.algos.mixture import CLASS, instance_of, joined
 from shardopt.buffers import ParameterBuffers
 from shardopt.comm import Collectives
@@ -165,11 +165,16 @@ class Shard:
 
     def instance(self, groups: Sequence[Group], first: int = 0) -> Optimizer:
         """An instance of the class or classes over stand-ins for the groups from ``first`` on."""
+
+        def local(algorithm: Algorithm) -> type[Optimizer]:
+            faster = algorithm.faster if self.kernel == "auto" else None
+            return faster or algorithm.optimizer_class
+
         named = [
-            {**group, CLASS: self.algorithms[number].optimizer_class} if CLASS in group else group
+            {**group, CLASS: local(self.algorithms[number])} if CLASS in group else group
             for number, group in enumerate(groups, first)
         ]
-        return instance_of(self.optimizer_class, named, self.options)
+        return instance_of(local(algorithm_for(self.optimizer_class)), named, self.options)
 
     def _take(self, fresh: Optimizer) -> None:
         """Adopt a new instance, or its groups."""

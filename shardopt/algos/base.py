@@ -36,6 +36,8 @@ class Algorithm:
             choice to us.
         fused_devices: device types on which it may.
         fuses_16_bits_on_cpu: whether it may there, for bf16 and fp16.
+        faster: a subclass with the same options and state, for ``kernel="auto"``; equal within
+            what it says.
         mixes: whether its groups may stand beside those of other classes.
         refusal: why the class cannot be used, or ``None``.
     """
@@ -51,6 +53,7 @@ class Algorithm:
     fused: Callable[[Mapping[str, Any]], bool] = lambda group: False
     fused_devices: frozenset[str] = frozenset()
     fuses_16_bits_on_cpu: bool = True
+    faster: type[Optimizer] | None = None
     mixes: bool = True
     refusal: str | None = None
 

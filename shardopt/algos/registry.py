@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 
 from shardopt.algos.base import Algorithm, Shape
 from shardopt.algos.mixture import classes_of
+from shardopt.algos.muon import BatchedMuon
 from shardopt.errors import UnsupportedError
 from shardopt.layout import Atom
 
@@ -155,7 +156,13 @@ _know(
     per_element=frozenset({"variance"}),
     shapes={"row_var": _row_variance, "col_var": _column_variance},
 )
-_know(_optim.Muon, Atom.TENSOR, per_element=frozenset({"momentum_buffer"}), cost=_newton_schulz)
+_know(
+    _optim.Muon,
+    Atom.TENSOR,
+    per_element=frozenset({"momentum_buffer"}),
+    cost=_newton_schulz,
+    faster=BatchedMuon,
+)
 _know(
     _optim.SparseAdam,
     Atom.ROW,

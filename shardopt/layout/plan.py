@@ -16,6 +16,8 @@ from shardopt.layout.values import (
     Slot,
 )
 
+ELEMENT_CAP = 1.25  # of the even share of whole parameters' elements
+
 
 def plan_layout(
     parameters: Sequence[ParameterSpec],
@@ -27,6 +29,9 @@ def plan_layout(
 ) -> Layout:
     """Place ``parameters`` into buckets of about ``bucket_bytes`` and cut these into shards.
 
+    Whole parameters go to ranks by cost, but no rank gets more than ``ELEMENT_CAP`` times the even
+    share of their elements, which is what state takes, as long as another has room.
+
     A bucket is closed when the next parameter would take it over ``bucket_bytes``; a parameter
     larger than that has a bucket of its own. With ``extend`` the new parameters get buckets of
     their own after that layout's, which stay as they are.
@@ -35,18 +40,9 @@ def plan_layout(
     atoms = (atoms,) * len(parameters) if isinstance(atoms, Atom) else tuple(atoms)
     known = extend.parameters if extend else ()
     everything = known + parameters
-    loads = [0] * world_size
-    if extend:
-        for rank in range(world_size):
-            loads[rank] = sum(
-                everything[segment.parameter].cost
-                for bucket in extend.buckets
-                for segment in bucket.segments(rank)
-                if segment.whole
-            )
     first = len(known)
     tensors = [first + i for i, atom in enumerate(atoms) if atom is Atom.TENSOR]
-    owners = _balance(tensors, everything, loads)
+    owners = _balance(tensors, everything, [_whole(extend, rank) for rank in range(world_size)])
     buckets = []
     for (dtype, device, atom), members in _fill(everything, atoms, first, bucket_bytes):
         if atom is Atom.TENSOR:
@@ -123,13 +119,40 @@ def _cut_between_rows(
     return (*borders, end)
 
 
-def _balance(tensors: Sequence[int], parameters: Specs, loads: list[int]) -> dict[int, int]:
-    """Owner of each whole parameter: the costliest first, to the rank with the least so far."""
+def _whole(layout: Layout | None, rank: int) -> list[ParameterSpec]:
+    """What ``rank`` holds of a layout because it was placed there whole."""
+    return [
+        layout.parameters[segment.parameter]
+        for bucket in (layout.buckets if layout else ())
+        if layout and bucket.atom is Atom.TENSOR
+        for segment in bucket.segments(rank)
+    ]
+
+
+def _balance(
+    tensors: Sequence[int],
+    parameters: Specs,
+    held: Sequence[Specs],  # by rank: whole parameters that have their place
+) -> dict[int, int]:
+    """Owner of each whole parameter: the costliest first, to the rank with the least cost so far.
+
+    A rank that would exceed the cap of elements is passed over; where all would, the one with the
+    fewest elements gets it.
+    """
+    costs = [sum(spec.cost for spec in specs) for specs in held]
+    numels = [sum(spec.numel for spec in specs) for specs in held]
+    cap = ELEMENT_CAP * (sum(numels) + sum(parameters[i].numel for i in tensors)) / len(held)
     owners = {}
     for index in sorted(tensors, key=lambda i: (-parameters[i].cost, i)):
-        owner = loads.index(min(loads))
+        spec = parameters[index]
+        fitting = [rank for rank, numel in enumerate(numels) if numel + spec.numel <= cap]
+        if fitting:
+            owner = min(fitting, key=lambda rank: costs[rank])
+        else:
+            owner = min(range(len(held)), key=lambda rank: (numels[rank], costs[rank]))
         owners[index] = owner
-        loads[owner] += parameters[index].cost
+        costs[owner] += spec.cost
+        numels[owner] += spec.numel
     return owners
 
 

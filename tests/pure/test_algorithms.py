@@ -174,14 +174,43 @@ def test_cost_of_muon_is_that_of_its_products():
     assert cost((32, 32)) == 8 * cost((16, 16))
 
 
-def test_matrices_of_muon_are_balanced_by_cost():
-    """The square costs 64 times one of the thin ones, of which it has 8 times the elements."""
-    shapes = [(64, 64)] + [(64, 8)] * 16
+def muon_layout(*shapes, world_size=2, extend=None):
     algorithm = algorithm_for(Muon)
     specs = [
         ParameterSpec(name=str(i), shape=s, dtype=torch.float32, cost=algorithm.cost(s))
         for i, s in enumerate(shapes)
     ]
-    layout = plan_layout(specs, algorithm.atom, world_size=2, bucket_bytes=1 << 20)
-    held = [{s.parameter for b in layout.buckets for s in b.segments(rank)} for rank in range(2)]
-    assert held == [{0}, set(range(1, 17))]  # by elements rank 0 would have more
+    options = {"world_size": world_size, "bucket_bytes": 1 << 20, "extend": extend}
+    return plan_layout(specs, algorithm.atom, **options)
+
+
+def held(layout):
+    return [
+        {segment.parameter for bucket in layout.buckets for segment in bucket.segments(rank)}
+        for rank in range(layout.world_size)
+    ]
+
+
+def test_matrices_of_muon_are_balanced_by_cost():
+    """A square costs 4 times one of the thin ones, of which it has twice the elements."""
+    shapes = [(64, 64), (64, 64), (64, 64), (64, 32), (64, 32), (64, 32), (64, 32)]
+    assert held(muon_layout(*shapes)) == [{0, 2}, {1, 3, 4, 5, 6}]  # by elements one of each pair
+
+
+def test_no_rank_gets_many_more_elements_than_its_share():
+    """By cost alone the second rank would have all the thin ones: 8192 elements of 12288."""
+    shapes = [(64, 64)] + [(64, 8)] * 16
+    layout = muon_layout(*shapes)
+    assert [layout.numel(rank) for rank in range(2)] == [4096 + 512, 7680]  # 1.25 of 6144
+
+
+def test_a_matrix_too_large_for_any_rank_goes_to_the_one_with_the_fewest_elements():
+    layout = muon_layout((64, 64), (2, 4000), (1, 10000))
+    assert held(layout) == [{0, 2}, {1}]  # by cost the second would have both
+
+
+def test_what_a_rank_has_already_counts_when_matrices_are_added():
+    layout = muon_layout((8, 2000), (64, 64), (64, 64), world_size=3)
+    assert held(layout) == [{1}, {2}, {0}]
+    later = muon_layout((8, 1000), (8, 1000), world_size=3, extend=layout)
+    assert [len(part) for part in held(later)] == [2, 2, 1]  # by cost the third would have both
