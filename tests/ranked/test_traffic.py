@@ -157,13 +157,13 @@ def test_a_gather_starts_as_soon_as_its_bucket_is_updated(kind, optimizer_class,
     model = make_model()
     options = {"gradients": kind, "bucket_cap_mb": SMALL_BUCKETS}
     optimizer = ShardedOptimizer(model.parameters(), optimizer_class, collectives, **options)
-    step = update._step_without_hooks
+    step = update.step_without_hooks
 
     def noting(optim):
         collectives.calls.append(("update", 0))
         step(optim)
 
-    monkeypatch.setattr(update, "_step_without_hooks", noting)
+    monkeypatch.setattr(update, "step_without_hooks", noting)
     num_buckets = len(optimizer._shard.layout.buckets)
     for _ in range(2):
         loss_of(model, 0, 0).backward()
