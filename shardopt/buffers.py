@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -52,6 +53,14 @@ def _same_order(tensor: Tensor, strides: Sequence[int]) -> bool:
         size == 1 or mine == wanted
         for size, mine, wanted in zip(tensor.shape, tensor.stride(), strides, strict=True)
     )
+
+
+def no_elements(parameters: Sequence[Tensor]) -> Tensor:  # (0,)
+    """A tensor that makes a vector with parts of ``parameters`` what one with all of them is."""
+    if not parameters:
+        return torch.empty(0)
+    dtype = reduce(torch.promote_types, [parameter.dtype.to_real() for parameter in parameters])
+    return torch.empty(0, dtype=dtype, device=parameters[0].device)
 
 
 class ParameterBuffers:

@@ -1,14 +1,53 @@
-"""What ``optimizer.state`` shows: this rank's part, live."""
+"""What the class keeps of each parameter on this rank, live; ``optimizer.state`` shows it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+import copy
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
-from shardopt.shard import Shard
+from shardopt.shard import Group, Shard
+
+
+def key_of(shard: Shard, index: int) -> Tensor | None:
+    """Under which tensor the class keeps this rank's part of a parameter's state, if it does.
+
+    A class with flat state keeps it under its first tensor, on every rank.
+    """
+    if shard.flat:
+        return shard.optim.param_groups[0]["params"][0] if index == 0 else None
+    return shard.segments[index][1] if index in shard.segments else None
+
+
+def states_of(shard: Shard) -> dict[int, Any]:
+    """Parameter index -> the state that the class keeps of it here."""
+    keys = ((index, key_of(shard, index)) for index in range(len(shard.parameters)))
+    state = shard.optim.state
+    return {index: state[key] for index, key in keys if key is not None and key in state}
+
+
+def clone(shard: Shard, groups: Sequence[Group]) -> Shard:
+    """A shard of its own over copies of the parameters, in ``groups``, with equal state."""
+    twin = Shard(
+        shard.optimizer_class,
+        shard.collectives,
+        kernel=shard.kernel,
+        bucket_bytes=shard.bucket_bytes,
+        options=shard.options,
+    )
+    twin.extend(shard.layout, groups, shard.algorithms)
+    twin.num_added = list(shard.num_added)
+    twin.optim.state.clear()
+    for index, state in states_of(shard).items():
+        key = key_of(twin, index)
+        assert key is not None, "the layout is the same"
+        twin.optim.state[key] = copy.deepcopy(state)
+    own = {key: s for key, s in shard.optim.state.items() if not isinstance(key, Tensor)}
+    twin.optim.state.update(copy.deepcopy(own))
+    return twin
 
 
 class LocalState(MutableMapping[Any, Any]):
@@ -23,11 +62,10 @@ class LocalState(MutableMapping[Any, Any]):
         self._changed = changed  # called before an entry is set or deleted
 
     def _tensor(self, key: Any) -> Any:
-        """The local segment of a parameter; any other key stands for itself."""
+        """What a parameter's state is kept under here; any other key stands for itself."""
         if not isinstance(key, Tensor):
             return key
-        segment = self._shard.segments.get(self._shard.index(key))
-        return None if segment is None else segment[1]
+        return key_of(self._shard, self._shard.index(key))
 
     def __getitem__(self, key: Any) -> Any:
         tensor = self._tensor(key)
@@ -45,11 +83,9 @@ class LocalState(MutableMapping[Any, Any]):
         del self._shard.optim.state[self._tensor(key)]
 
     def __iter__(self) -> Iterator[Any]:
-        state = self._shard.optim.state
-        for index, (_, tensor) in sorted(self._shard.segments.items()):
-            if tensor in state:
-                yield self._shard.parameters[index]
-        yield from (key for key in state if not isinstance(key, Tensor))
+        for index in states_of(self._shard):
+            yield self._shard.parameters[index]
+        yield from (key for key in self._shard.optim.state if not isinstance(key, Tensor))
 
     def __len__(self) -> int:
         return len(self._shard.optim.state)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from shardopt import update, validation
+from shardopt import evaluation, update, validation
 from shardopt.algos import Algorithm, algorithms_for, class_name
 from shardopt.arrivals import Arrivals
 from shardopt.comm import Collectives, choose_collectives
@@ -19,6 +19,7 @@ from shardopt.gradients import GradientMethods, Gradients, gradients_of
 from shardopt.gradients.refusals import refuse_ddp, refuse_gradients
 from shardopt.guard import agree, agree_on_gradients, agree_on_values, all_or_none
 from shardopt.inner import InnerMethods
+from shardopt.local_state import clone
 from shardopt.policies import Guards
 from shardopt.shard import Group, Shard, unique_parameters
 from shardopt.state import Snapshot, StatefulOptimizer
@@ -43,8 +44,8 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer, InnerMethods):
         params: parameters, named parameters, or dicts of groups, as for any optimizer. A group
             that has ``"optimizer_class"`` is that class's, with its defaults and no ``options``.
         optimizer_class: any subclass of ``torch.optim.Optimizer``. The element-wise ones of
-            ``torch.optim`` are cut evenly; others get whole parameters, placed by cost, and must
-            update each parameter from its own gradient and state alone.
+            ``torch.optim``, and LBFGS (its memory: ``algos/lbfgs.py``), are cut evenly; others get
+            whole parameters, placed by cost, and must update each from its own gradient and state.
         process_group: whose ranks share the state: ``None`` (all), a ``ProcessGroup``, a 1-D
             ``DeviceMesh``, or a ``Collectives``.
         gradients: what ranks bring in ``.grad``. ``"replicated"``: the averaged gradient (by DDP
@@ -77,6 +78,8 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer, InnerMethods):
         ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, arXiv:1910.02054.
     """
 
+    _num_steps = 0
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -92,7 +95,6 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer, InnerMethods):
         self.collectives: Collectives = choose_collectives(process_group)
         self.optimizer_class = optimizer_class
         self.guards = Guards() if guards is None else guards
-        self._num_steps = 0
         self._means_all_ranks = process_group is None
         self._kind = gradients
         policies = {"gradients": gradients, "kernel": kernel, "guards": self.guards}
@@ -102,6 +104,7 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer, InnerMethods):
             validation.refuse_policies(**policies, bucket_cap_mb=bucket_cap_mb)
             algorithms = algorithms_for(entries, optimizer_class)
             validation.refuse_parameters(self.param_groups, algorithms)
+            evaluation.refuse(algorithms, self.param_groups, self.guards)
             if gradients != "replicated":
                 refuse_ddp(self.param_groups)
         self._shard = Shard(
@@ -132,7 +135,9 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer, InnerMethods):
                 validation.probe(self.optimizer_class, [param_group], self._shard.options)
                 algorithms = algorithms_for([param_group], self.optimizer_class)
                 super().add_param_group(param_group)
-                validation.refuse_parameters(self.param_groups, self._shard.algorithms + algorithms)
+                everything = [*self._shard.algorithms, *algorithms]
+                validation.refuse_parameters(self.param_groups, everything)
+                evaluation.refuse(everything, self.param_groups, self.guards)
             self._build(self.param_groups[num_known:], algorithms, {})
         except Exception:
             del self.param_groups[num_known:]
@@ -177,9 +182,10 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer, InnerMethods):
 
         Args:
             closure: reevaluates the model and returns the loss; called once, with gradients on.
+                ``LBFGS`` needs one that clears gradients too, and calls it as often as torch does.
 
         Returns:
-            The closure's loss, or ``None``.
+            The closure's loss, or ``None``; with ``LBFGS`` the mean over ranks of the first loss.
 
         Raises:
             ParameterError: a parameter has another shape, dtype or device than at construction.
@@ -187,14 +193,19 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer, InnerMethods):
             AgreementError: ranks differ: with replicated gradients at the first step, if these do;
                 otherwise at any step, in options or in steps taken.
         """
+        first = self._num_steps == 0
+        checks = (self._check_first_step if first else self._check_step, self._check_step)
+        if self._shard.flat:
+            parts = (self._shard, self._arrivals, self._gradients)
+            loss = evaluation.search(closure, *parts, self.param_groups, checks)
+            self._num_steps += 1
+            return loss
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._arrivals.wait()
-        self._snapshot.drop()
-        first = self._num_steps == 0
-        (self._check_first_step if first else self._check_step)()
+        checks[0]()
         verdict = self._gradients.settle()
         if not verdict.skips:
             with torch.no_grad():
@@ -215,6 +226,7 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer, InnerMethods):
     def _check_step(self) -> None:
         """Take parameters back that left their buckets; refuse gradients that cannot be cut."""
         shard = self._shard
+        self._snapshot.drop()
         shard.check_groups(self.param_groups)
         shard.buffers.take_back(shard.names)
         refuse_gradients(shard, made_dense=self._gradients.reduces)
@@ -280,17 +292,9 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer, InnerMethods):
             plain.pop(own, None)
         twin.__dict__.update(copy.deepcopy(plain, memo), collectives=self.collectives)
         twin.__setstate__({})
-        twin._shard = self._shard.clone(twin.param_groups)
+        twin._shard = clone(self._shard, twin.param_groups)
         twin._snapshot = self._snapshot.of(twin._shard)
         twin._arrivals = Arrivals(twin._shard)
         twin._gradients = twin._make_gradients()
         twin._gradients.extend()
         return twin
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refused: a process group cannot be pickled."""
-        raise TypeError(
-            "ShardedOptimizer cannot be pickled, since it holds a process group; save "
-            "optimizer.state_dict() after optimizer.consolidate_state_dict(), and load it into a "
-            "new ShardedOptimizer"
-        )

@@ -8,7 +8,6 @@ update does not care where a tensor is cut on 64-element borders.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,7 +19,7 @@ from torch.optim import Optimizer
 
 from shardopt.algos import Algorithm, algorithm_for, class_name
 from shardopt.algos.mixture import CLASS, instance_of, joined
-from shardopt.buffers import ParameterBuffers
+from shardopt.buffers import ParameterBuffers, no_elements
 from shardopt.comm import Collectives
 from shardopt.errors import ParameterError, UnsupportedError
 from shardopt.layout import Layout, ParameterSpec, Segment, plan_layout
@@ -153,6 +152,8 @@ class Shard:
         for number, group in enumerate(groups, first):
             held = [self._index[id(parameter)] for parameter in group["params"]]
             tensors = [self.segments[index][1] for index in held if index in self.segments]
+            if self.flat:
+                tensors.insert(0, no_elements(group["params"]))
             local.append({**self.inner_options(number, group), "params": tensors})
         with _told_of_duplicates():
             fresh = self.instance(local, first)
@@ -202,25 +203,6 @@ class Shard:
             "ShardedOptimizer anew and load the state"
         )
 
-    def clone(self, groups: Sequence[Group]) -> Shard:
-        """A shard of its own over copies of the parameters, in ``groups``, with equal state."""
-        twin = Shard(
-            self.optimizer_class,
-            self.collectives,
-            kernel=self.kernel,
-            bucket_bytes=self.bucket_bytes,
-            options=self.options,
-        )
-        twin.extend(self.layout, groups, self.algorithms)
-        twin.num_added = list(self.num_added)
-        twin.optim.state.clear()
-        for index, (_, tensor) in self.segments.items():
-            if tensor in self.optim.state:
-                twin.optim.state[twin.segments[index][1]] = copy.deepcopy(self.optim.state[tensor])
-        own = {key: s for key, s in self.optim.state.items() if not isinstance(key, Tensor)}
-        twin.optim.state.update(copy.deepcopy(own))
-        return twin
-
     # -- stepping ------------------------------------------------------------------------------
 
     @property
@@ -263,6 +245,11 @@ class Shard:
             }
             for inner, group in zip(self.optim.param_groups, saved, strict=True)
         ]
+
+    @property
+    def flat(self) -> frozenset[str]:
+        """Names of state that is vectors over all parameters, of a class that has such."""
+        return self.algorithms[0].flat if self.algorithms else frozenset()
 
     def algorithm_of(self, index: int) -> Algorithm:
         """How a parameter is sharded."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from shardopt.algos import SumsOverRanks
 from shardopt.algos.mixture import step_without_hooks
 from shardopt.comm.collectives import Handle
 from shardopt.layout import Atom
@@ -76,6 +78,32 @@ def pull_options(shard: Shard, groups: Sequence[Group], pushed: Sequence[Group])
                 group[key] = value
 
 
+def search(shard: Shard, groups: Sequence[Group], evaluate: Callable[[], Any]) -> Any:
+    """One step of a class with flat state, which calls ``evaluate`` as often as it likes.
+
+    Args:
+        shard: whose segments the class moves about.
+        groups: the user's groups.
+        evaluate: brings the parameters, as the segments have them now, together on every rank;
+            leaves the segments' gradients there, and returns the loss.
+
+    Returns:
+        What the class returns.
+    """
+    push_options(shard, groups)
+    sums = SumsOverRanks(shard.collectives.shard_axis.all_gather_rows)
+
+    def evaluate_outside() -> Any:
+        with sums.suspended():
+            return evaluate()
+
+    try:
+        with sums:
+            return step_without_hooks(shard.optim, evaluate_outside)
+    finally:
+        give_gradients(shard, shard.segments, lambda index: None)
+
+
 def _by_bucket(shard: Shard) -> list[list[list[Tensor]]]:
     """For each bucket, the tensors that each group of the class has there."""
     numbers = {
@@ -95,16 +123,22 @@ def _step_on(
     """Let the class step on the gradients of some buckets."""
     rank = shard.collectives.rank
     here = [s.parameter for n in numbers for s in shard.layout.buckets[n].segments(rank)]
-    for index in here:
+    give_gradients(shard, here, gradient_of)
+    try:
+        step_without_hooks(shard.optim)
+    finally:
+        give_gradients(shard, here, lambda index: None)
+
+
+def give_gradients(
+    shard: Shard, indices: Iterable[int], gradient_of: Callable[[int], Tensor | None]
+) -> None:
+    """Let the segments of some parameters have their gradients."""
+    for index in indices:
         tensor, grad = shard.segments[index][1], gradient_of(index)
         if grad is not None and grad.dtype != tensor.dtype:
             tensor.grad_dtype = grad.dtype  # as the user has set it on the parameter
         tensor.grad = grad
-    try:
-        step_without_hooks(shard.optim)
-    finally:
-        for index in here:
-            shard.segments[index][1].grad = None
 
 
 def gather(

@@ -56,8 +56,8 @@ FUSED_BY_AUTO = {SGD: "cpu cuda", Adam: "cpu cuda", AdamW: "cpu cuda", Adagrad: 
 # Torch refuses complex parameters.
 REAL_ONLY = {Adafactor, Muon, SparseAdam}
 
-# Refused at construction until their own issues.
-REFUSED_CLASSES = {torch.optim.LBFGS}
+# Its step calls a closure: ``ranked/test_lbfgs.py``.
+NO_ROWS = {torch.optim.LBFGS}
 REFUSED_ARGUMENTS = {"differentiable"}
 
 

@@ -27,7 +27,8 @@ OTHERS = (
     "wait",
     "wait_for",
 )
-CALLEES = {*NOTHING, *MOVES, *REDUCES, *OTHERS, "send_tensors", "receive_tensors"}
+EVALUATES = ("gather", "_gather_rows")
+CALLEES = {*NOTHING, *MOVES, *REDUCES, *OTHERS, *EVALUATES, "send_tensors", "receive_tensors"}
 
 
 def sites() -> list[str]:
@@ -150,6 +151,16 @@ def no_all_gather_rows(collectives, row):
 def no_sum_rows(collectives, row):
     """Every rank takes its own for the sum."""
     return row.detach().cpu()
+
+
+def no_gather(*args):
+    """Parameters stay where they are: no handle by any bucket."""
+    return {}
+
+
+def no__gather_rows(sums, row):
+    """A sum over ranks is this rank's own."""
+    return row.detach().cpu()[None]
 
 
 def no_gather_texts(collectives, text):

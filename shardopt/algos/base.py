@@ -38,8 +38,12 @@ class Algorithm:
         fuses_16_bits_on_cpu: whether it may there, for bf16 and fp16.
         faster: a subclass with the same options and state, for ``kernel="auto"``; equal within
             what it says.
+        flat: names of the state that is one vector over all parameters, in order of registration,
+            or a list of such; kept under the first parameter, with all other state there is. Such a
+            class has one group, reevaluates a closure within a step, and reduces vectors to
+            numbers, which ``SumsOverRanks`` takes over all ranks.
         mixes: whether its groups may stand beside those of other classes.
-        refusal: why the class cannot be used, or ``None``.
+        refusal: why the class cannot be used, and what to use; or ``None``.
     """
 
     optimizer_class: type[Optimizer]
@@ -54,6 +58,7 @@ class Algorithm:
     fused_devices: frozenset[str] = frozenset()
     fuses_16_bits_on_cpu: bool = True
     faster: type[Optimizer] | None = None
+    flat: frozenset[str] = frozenset()
     mixes: bool = True
     refusal: str | None = None
 

@@ -100,12 +100,12 @@ def parts_of(optimizer: Optimizer) -> list[Optimizer]:
     return list(optimizer._parts.values()) if isinstance(optimizer, Mixture) else [optimizer]
 
 
-def step_without_hooks(optimizer: Optimizer) -> None:
+def step_without_hooks(optimizer: Optimizer, *closure: Callable[[], Any]) -> Any:
     """``optimizer.step()`` without torch's hook wrapper: global hooks fire for an outer step."""
     step = type(optimizer).step
     if getattr(step, "hooked", False):
         step = step.__wrapped__  # type: ignore[attr-defined]
-    step(optimizer)
+    return step(optimizer, *closure)
 
 
 class MixedGroups(Optimizer):

@@ -14,6 +14,7 @@ RMSprop                                              ELEMENT  Hinton, lecture 6e
 Rprop                                                ELEMENT  Riedmiller and Braun 1993
 ASGD                                                 ELEMENT  Polyak and Juditsky 1992
 SparseAdam                                           ROW      Adam's, on the rows that are touched
+LBFGS                                                ELEMENT  Liu and Nocedal 1989; see ``lbfgs.py``
 Adafactor                                            TENSOR   Shazeer, Stern, arXiv:1804.04235
 Muon                                                 TENSOR   Jordan et al. 2024
 any other                                            TENSOR   its update may read a whole parameter
@@ -29,6 +30,7 @@ import torch
 from torch.optim import Optimizer
 
 from shardopt.algos.base import Algorithm, Shape
+from shardopt.algos.lbfgs import FLAT_STATE
 from shardopt.algos.mixture import classes_of
 from shardopt.algos.muon import BatchedMuon
 from shardopt.errors import UnsupportedError
@@ -61,8 +63,13 @@ def register(optimizer_class: type[Optimizer], *, per_element: Iterable[str]) ->
 def algorithm_for(optimizer_class: type[Optimizer]) -> Algorithm:
     """What is known of ``optimizer_class``; of an unknown one, that whole parameters are safe."""
     for known, algorithm in _KNOWN.items():
-        if algorithm.refusal and issubclass(optimizer_class, known):
-            return algorithm
+        if algorithm.flat and issubclass(optimizer_class, known) and optimizer_class is not known:
+            return Algorithm(
+                optimizer_class=optimizer_class,
+                atom=Atom.TENSOR,
+                refusal=f"a class derived from {known.__name__} may sum over parameters where "
+                f"shardopt does not see it; use torch.optim.{known.__name__}",
+            )
     unknown = Algorithm(optimizer_class=optimizer_class, atom=Atom.TENSOR)
     return _KNOWN.get(optimizer_class, unknown)
 
@@ -78,9 +85,7 @@ def algorithms_for(entries: Sequence[Any], main: type[Optimizer]) -> list[Algori
     for algorithm in map(algorithm_for, every):
         name = algorithm.optimizer_class.__name__
         if algorithm.refusal:
-            raise UnsupportedError(
-                f"{name} is not supported yet, since {algorithm.refusal}; use torch.optim.{name}"
-            )
+            raise UnsupportedError(f"{name} is not supported, since {algorithm.refusal}")
         if not algorithm.mixes and len(every) > 1:
             names = [known.__name__ for known in every]
             raise UnsupportedError(
@@ -172,7 +177,9 @@ _know(
 )
 _know(
     _optim.LBFGS,
-    Atom.TENSOR,
+    Atom.ELEMENT,
+    flat=FLAT_STATE,
+    gradient_layouts=_DENSE_AND_SPARSE,
     mixes=False,
-    refusal="its inner products have to be summed over ranks",
+    separable=False,
 )

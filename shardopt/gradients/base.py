@@ -68,6 +68,17 @@ class Gradients(ABC):
         """Multiply gradients by ``inverse``; ``found`` becomes 1 if one here is not finite."""
         raise AssertionError("GradScaler of torch does it where gradients are replicated")
 
+    @property
+    def num_rounds(self) -> int:
+        """How many backward passes have been reduced here."""
+        return 0
+
+    def lose(self, num_rounds: int) -> None:  # noqa: B027
+        """A rank has failed: go on to as many rounds as the others; what is reduced is of no use.
+
+        Until ``zero``, a step raises.
+        """
+
     def zero(self) -> None:  # noqa: B027
         """Forget what has been reduced since the last step."""
 

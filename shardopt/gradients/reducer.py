@@ -102,6 +102,18 @@ class Reducer(Gradients):
         mean = self._rows.of(index)
         return self._rounds.means.of(index) if mean is None else mean
 
+    @property
+    def num_rounds(self) -> int:
+        """See the base class."""
+        return self._rounds.num_rounds
+
+    def lose(self, num_rounds: int) -> None:
+        """See the base class."""
+        self._rounds.abandon(retries=False)
+        while self._rounds.num_rounds < num_rounds:
+            self._rounds.close(lost=True)
+        self._rounds.tear()
+
     def zero(self) -> None:
         """See the base class."""
         self._rounds.abandon(retries=True)

@@ -16,7 +16,9 @@ from shardopt.comm.transfer import receive_tensors, send_tensors
 from shardopt.errors import AgreementError, UnsupportedError
 from shardopt.guard import all_or_none
 from shardopt.layout import Segment
+from shardopt.local_state import states_of
 from shardopt.shard import Shard
+from shardopt.state.flat import consolidate_flat
 from shardopt.state.outline import State, TensorSpec
 
 
@@ -25,6 +27,8 @@ def consolidate(shard: Shard, to: int | None) -> dict[Any, State]:
 
     Collective. Other ranks get an empty dict; ``to=None`` serves every rank in turn.
     """
+    if shard.flat:
+        return consolidate_flat(shard, to)
     mine = _local_states(shard)
     outlines = _exchange_outlines(shard, mine)
     targets = range(shard.collectives.world_size) if to is None else [to]
@@ -39,9 +43,8 @@ def consolidate(shard: Shard, to: int | None) -> dict[Any, State]:
 
 def _local_states(shard: Shard) -> dict[Any, State]:
     """Key -> state of this rank's segment; only of segments that have state."""
-    state = shard.optim.state
-    held = {i: state[tensor] for i, (_, tensor) in shard.segments.items() if tensor in state}
-    return held | {key: value for key, value in state.items() if not isinstance(key, Tensor)}
+    own = {key: s for key, s in shard.optim.state.items() if not isinstance(key, Tensor)}
+    return states_of(shard) | own
 
 
 def _exchange_outlines(shard: Shard, mine: Mapping[Any, State]) -> list[dict[Any, State]]:

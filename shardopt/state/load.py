@@ -16,7 +16,9 @@ from shardopt.comm.collectives import broadcast_text
 from shardopt.comm.transfer import receive_tensors, send_tensors
 from shardopt.guard import agree, all_or_none
 from shardopt.layout import Segment
+from shardopt.local_state import key_of
 from shardopt.shard import Group, Shard
+from shardopt.state.flat import check_flat, cut_flat, scatter_flat
 from shardopt.state.outline import State, TensorSpec
 from shardopt.validation import check_rank
 
@@ -44,7 +46,7 @@ def load(shard: Shard, groups: Sequence[Group], saved: Any, source: int | None) 
     else:
         options, local = _scatter(shard, groups, saved, source)
     with all_or_none(collectives):
-        _load_into_class(shard, groups, options, local)
+        _load_into_class(shard, options, local)
     for group, saved_group, new in zip(
         groups, options, shard.options_after_load(options), strict=True
     ):
@@ -63,11 +65,12 @@ def _facts(saved: Any) -> dict[str, object]:
     for key, state in saved["state"].items():
         entries = state.items() if isinstance(state, Mapping) else [("", state)]
         for name, value in entries:
-            large = isinstance(value, Tensor) and value.numel() != 1
-            facts[f"saved {name} of parameter {key}"] = (
-                f"{value.dtype} {tuple(value.shape)}" if large else value
-            )
+            facts[f"saved {name} of parameter {key}"] = tree_map_only(Tensor, _at_a_glance, value)
     return facts
+
+
+def _at_a_glance(tensor: Tensor) -> Tensor | str:
+    return tensor if tensor.numel() == 1 else f"{tensor.dtype} {tuple(tensor.shape)}"
 
 
 def _check(shard: Shard, groups: Sequence[Group], saved: Any) -> None:
@@ -96,7 +99,7 @@ def _check(shard: Shard, groups: Sequence[Group], saved: Any) -> None:
             )
     for index, state in _by_index(shard, groups, saved).items():
         if _is_index(shard, index):
-            _check_shapes(shard, index, state)
+            (check_flat if shard.flat else _check_shapes)(shard, index, state)
 
 
 def _check_shapes(shard: Shard, index: int, state: State) -> None:
@@ -136,6 +139,8 @@ def _cut_all(
 ) -> dict[Any, State]:
     """The part of the state that belongs to ``segments``, and what is no parameter's; cloned."""
     segment_of = {segment.parameter: segment for segment in segments}
+    if shard.flat:
+        return {index: cut_flat(shard, state) for index, state in full.items()}
     parts = {}
     for key, state in full.items():
         if not _is_index(shard, key):
@@ -182,6 +187,15 @@ def _scatter(
     for key in keys:  # the class's own state, of no parameter
         if not _is_index(shard, key):
             local[key] = _broadcast_tree(shard, (content if brings else outline)[1][key], source)
+    if shard.flat:
+        for key, state in (content if brings else outline)[1].items():
+            local[key] = {
+                name: (scatter_flat if name in shard.flat else _broadcast_tree)(
+                    shard, value, source
+                )
+                for name, value in state.items()
+            }
+        return options, local
     for bucket in range(len(shard.layout.buckets)):
         members = {slot.parameter for slot in shard.layout.buckets[bucket].slots}
         here = [key for key in keys if key in members]
@@ -241,16 +255,17 @@ def _broadcast_tree(shard: Shard, tree: Any, source: int) -> Any:
     return tree_map_only((Tensor, TensorSpec), share, tree)
 
 
-def _load_into_class(
-    shard: Shard, groups: Sequence[Group], options: list[Group], local: dict[Any, State]
-) -> None:
+def _load_into_class(shard: Shard, options: list[Group], local: dict[Any, State]) -> None:
     """Let the class's own ``load_state_dict`` take in this rank's part, at its own indices."""
     next_id, local_groups = 0, []
-    ids: dict[Any, int] = {}
-    for group, loaded in zip(groups, shard.load_groups(options), strict=True):
-        held = [shard.index(p) for p in group["params"] if shard.index(p) in shard.segments]
-        local_groups.append({**loaded, "params": list(range(next_id, next_id + len(held)))})
-        ids.update(zip(held, range(next_id, next_id + len(held)), strict=True))
-        next_id += len(held)
-    state = {ids.get(key, key): value for key, value in local.items()}
+    ids: dict[int, int] = {}  # id of a tensor of the class -> its number
+    for inner, loaded in zip(shard.optim.param_groups, shard.load_groups(options), strict=True):
+        numbers = list(range(next_id, next_id + len(inner["params"])))
+        local_groups.append({**loaded, "params": numbers})
+        ids.update(zip(map(id, inner["params"]), numbers, strict=True))
+        next_id += len(numbers)
+    state = {
+        ids[id(key_of(shard, key))] if _is_index(shard, key) else key: value
+        for key, value in local.items()
+    }
     shard.optim.load_state_dict({"state": state, "param_groups": local_groups})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from torch.optim import Optimizer
+
 from shardopt.algos.mixture import MixedGroups
 from shardopt.comm import Collectives
 from shardopt.guard import all_or_none
@@ -22,6 +24,11 @@ class StatefulOptimizer(MixedGroups):
     _snapshot: Snapshot
     _built = False  # torch's constructor adds the groups one by one before there are shards
     _packing = False  # ``state`` shows the full state while ``state_dict`` packs it
+
+    @property
+    def optim(self) -> Optimizer:
+        """The local optimizer over this rank's segments, for tools that look."""
+        return self._shard.optim
 
     @property
     def state(self) -> Any:
@@ -86,3 +93,11 @@ class StatefulOptimizer(MixedGroups):
         self._snapshot.drop()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: a process group cannot be pickled."""
+        raise TypeError(
+            "ShardedOptimizer cannot be pickled, since it holds a process group; save "
+            "optimizer.state_dict() after optimizer.consolidate_state_dict(), and load it into a "
+            "new ShardedOptimizer"
+        )

@@ -1,6 +1,7 @@
 """``torch.distributed.checkpoint.state_dict`` takes the optimizer for any other."""
 
 import pytest
+import torch
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -11,6 +12,7 @@ from torch.optim import Adagrad, AdamW
 from shardopt import ShardedOptimizer
 from shardopt.errors import StaleStateError
 from tests.ranks import on_ranks
+from tests.searches import Network, search
 from tests.twins import SMALL_BUCKETS, assert_same, assert_same_parameters, make_model, train
 
 
@@ -70,3 +72,24 @@ def test_before_any_step_there_is_no_phantom_step(world_size):
     if world_size > 1:
         with pytest.raises(StaleStateError, match="consolidate_state_dict"):
             get_optimizer_state_dict(ours, optimizer)
+
+
+@on_ranks(1, 2, 3)
+def test_lbfgs_as_far_as_torchs_own(world_size):
+    """All its state is the first parameter's; torch misses the others' unless told not to."""
+    running = search(Network(), max_iter=4)
+    running.step()
+    ours, theirs = torch.nn.ParameterList(running.ours), torch.nn.ParameterList(running.theirs)
+    running.optimizer.consolidate_state_dict(to=None)
+    saved = get_optimizer_state_dict(ours, running.optimizer)
+    expected = get_optimizer_state_dict(theirs, running.plain)
+    torch.testing.assert_close(saved, expected, rtol=1e-7, atol=1e-9)
+    for model, optimizer in ((ours, running.optimizer), (theirs, running.plain)):
+        with pytest.raises(RuntimeError, match="Missing optimizer state for parameter '1'"):
+            set_optimizer_state_dict(model, optimizer, saved)
+    options = StateDictOptions(strict=False)
+    fresh = search(Network(), max_iter=4)
+    set_optimizer_state_dict(
+        torch.nn.ParameterList(fresh.ours), fresh.optimizer, saved, options=options
+    )
+    assert_same(fresh.saved()["state"][0], saved["state"]["0"])

@@ -28,7 +28,6 @@ KERNELS = {
 
 DENSE = ["Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "RMSprop", "Rprop", "SGD"]
 SUPPORTED = [*DENSE, "SparseAdam"]
-REFUSED = ["LBFGS"]  # it has an issue of its own
 
 
 def options_of(optimizer: torch.optim.Optimizer) -> list[dict]:
@@ -169,18 +168,6 @@ def test_closure_is_called_once_and_its_loss_returned(name):
         assert optimizer.step() is None
     assert seen[0][0] == seen[1][0]
     assert all(map(torch.equal, seen[0][1], seen[1][1]))
-
-
-@on_ranks(1, 2, 3)
-@pytest.mark.parametrize("name", REFUSED)
-def test_classes_that_are_refused_for_now(name):
-    """On every rank, in one line that says what to use instead, before any parameter moves."""
-    parameter = nn.Parameter(torch.ones(3000))
-    memory = parameter.data_ptr()
-    with pytest.raises(UnsupportedError, match=f"{name} .*use torch.optim.{name}") as caught:
-        ShardedOptimizer([parameter], getattr(torch.optim, name), lr=0.1)
-    assert "\n" not in str(caught.value)
-    assert parameter.data_ptr() == memory
 
 
 @on_ranks(1, 2, 3)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 from torch.nn import Parameter
-from torch.optim import LBFGS, Adam, AdamW, RMSprop
+from torch.optim import Adam, AdamW, RMSprop
 
 from shardopt import ShardedOptimizer
 from shardopt.errors import ParameterError, UnsupportedError
@@ -27,7 +27,6 @@ def linear(**options) -> nn.Linear:
 ARGUMENTS = {
     "compiled kernel": ({"kernel": "compiled"}, "use kernel='auto' or 'torch'"),
     "differentiable": ({"differentiable": True}, "use the optimizer class itself"),
-    "LBFGS": ({"optimizer_class": LBFGS}, "use torch.optim.LBFGS"),
 }
 WRONG_ARGUMENTS = {
     "gradients": ("mine", ValueError, "expected 'replicated' or 'local' or 'sharded', got"),

@@ -12,7 +12,6 @@ from torch.nn import Parameter
 from torch.optim import lr_scheduler
 
 from shardopt import ShardedOptimizer
-from shardopt.errors import UnsupportedError
 from tests.repo.source import ROOT
 
 LEDGER = (ROOT / "docs" / "torch-optim-coverage.md").read_text()
@@ -203,10 +202,6 @@ def test_defaults_of_today_win(name):
     """Without options a group holds what it holds in the torch at hand."""
     optimizer_class = getattr(torch.optim, name)
     parameter = Parameter(torch.ones(3))
-    if name == "LBFGS":  # it has an issue of its own
-        with pytest.raises(UnsupportedError, match=name):
-            ShardedOptimizer([parameter], optimizer_class)
-        return
     (plain,) = optimizer_class([Parameter(torch.ones(3))]).param_groups
     (sharded,) = ShardedOptimizer([parameter], optimizer_class).param_groups
     assert {k: v for k, v in sharded.items() if k != "params"} == {

@@ -37,6 +37,18 @@ OTHER_OPTION = "test_misuse.py::test_options_that_differ_are_never_saved"
 SCHEDULE = "test_sched.py::test_another_class_on_one_rank_is_named"
 METRIC = "test_sched.py::test_plateau_decides_alike_from_different_metrics"
 
+SEARCH = "test_lbfgs.py::test_everything_waits_for_what_it_uses"
+SEARCH_AGAIN = (
+    "test_lbfgs.py::test_a_step_waits_for_the_one_before_and_each_evaluation_for_its_place"
+)
+SEARCH_OTHER_OPTION = (
+    "test_lbfgs.py::test_another_option_on_one_rank_is_named_before_any_evaluation"
+)
+SEARCH_OTHER_STATE = "test_lbfgs.py::test_state_that_differs_between_ranks_is_never_saved"
+NO_CLOSURE = "test_lbfgs.py::test_a_closure_that_one_rank_lacks_is_missed_on_all"
+FAILING_CLOSURE = "test_lbfgs.py::test_a_closure_that_fails_on_one_rank_fails_on_all"
+LOSS = "test_lbfgs.py::test_the_loss_is_averaged_and_keeps_its_type"
+
 GRADIENTS = "test_waits.py::test_gradients_wait_for_what_they_use"
 OTHER_LR = "test_waits.py::test_another_lr_on_one_rank_is_named_before_the_step"
 ROWS = "test_waits.py::test_rows_of_tables_wait_for_what_they_use"
@@ -58,6 +70,7 @@ ON_FOUR_RANKS = (SUBGROUPS, MESH, MESH_STATE, MESH_START, MESH_NAMES, MESH_SUMS)
 
 # The beginning of a site's name -> the test; the longest that fits counts.
 KILLERS = {
+    "algos/lbfgs.py": SEARCH,
     "arrivals.py": LOOKS,
     "arrivals.py::Arrivals.expect": WAITS,
     "arrivals.py::Arrivals.__del__": DROPPED,
@@ -77,6 +90,13 @@ KILLERS = {
     "comm/transfer.py": WAITS,
     "comm/transfer.py::receive_tensors": PACKED,
     "comm/transfer.py::send_tensors": PACKED,
+    "evaluation.py": SEARCH,
+    "evaluation.py::search::agree": SEARCH_OTHER_OPTION,
+    "evaluation.py::search::all_or_none": NO_CLOSURE,
+    "evaluation.py::search::wait": SEARCH_AGAIN,
+    "evaluation.py::Evaluation.__call__::wait": SEARCH_AGAIN,
+    "evaluation.py::Evaluation._evaluate": FAILING_CLOSURE,
+    "evaluation.py::Evaluation._mean": LOSS,
     "gradients/": GRADIENTS,
     "gradients/reduced_shards.py::ReducedShards.clear": FORGOTTEN,
     "gradients/reducer.py::Reducer._refuse_uneven": OTHER_LR,
@@ -103,12 +123,15 @@ KILLERS = {
     "optimizer.py::ShardedOptimizer.agree": SCHEDULE,
     "optimizer.py::ShardedOptimizer.step": TWO_STEPS,
     "optimizer.py::ShardedOptimizer._update": REFUSED_STEP,
+    "optimizer.py::ShardedOptimizer._update::gather": WAITS,
     "rows.py": ROWS,
     "scaler.py": SCALER,
     "sched/agreement.py": SCHEDULE,
     "sched/plateau.py": METRIC,
     "state/consolidate.py": WAITS,
     "state/consolidate.py::_exchange_outlines::all_or_none": STUCK,
+    "state/flat.py": SEARCH,
+    "state/flat.py::consolidate_flat::agree": SEARCH_OTHER_STATE,
     "state/load.py": WAITS,
     "state/load.py::load::agree": OTHER_STATE,
     "state/load.py::load::all_or_none": MISFIT,
