@@ -108,6 +108,7 @@ KILLERS = {
     "guard.py::agree_on_gradients": OTHER_GRADIENT,
     "guard.py::_agree_on_tensors": OTHER_VALUE,
     "inner.py::InnerMethods._call::wait": METHOD,
+    "inner.py::InnerMethods._call::gather": METHOD,
     "inner.py::InnerMethods._call::agree": OTHER_METHOD,
     "inner.py::InnerMethods._call::all_or_none": FAILED_METHOD,
     "optimizer.py::ShardedOptimizer.__init__": REFUSED,
