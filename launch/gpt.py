@@ -53,21 +53,25 @@ class GPT(nn.Module):
     """Bytes in, logits of the next byte out.
 
     The embedding of bytes is also the output layer, so that the optimizer meets a parameter that
-    is used twice.
+    is used twice; not so where embeddings have sparse gradients.
 
     Args:
         num_layers: number of blocks.
         num_heads: attention heads of a block; divides ``width``.
         width: channels of the residual stream.
         context: the longest window that the model reads, in bytes.
+        sparse: whether the gradients of embeddings are sparse.
     """
 
-    def __init__(self, *, num_layers: int, num_heads: int, width: int, context: int):
+    def __init__(
+        self, *, num_layers: int, num_heads: int, width: int, context: int, sparse: bool = False
+    ):
         super().__init__()
-        self.byte_embedding = nn.Embedding(NUM_BYTES, width)
-        self.place_embedding = nn.Embedding(context, width)
+        self.byte_embedding = nn.Embedding(NUM_BYTES, width, sparse=sparse)
+        self.place_embedding = nn.Embedding(context, width, sparse=sparse)
         self.blocks = nn.ModuleList(Block(width, num_heads) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width, bias=False)
+        self.output = nn.Linear(width, NUM_BYTES, bias=False) if sparse else None
         self.initialise()
 
     def initialise(self) -> None:
@@ -86,7 +90,8 @@ class GPT(nn.Module):
         x = self.byte_embedding(bytes_in) + self.place_embedding(places)
         for block in self.blocks:
             x = block(x)
-        return functional.linear(self.norm(x), self.byte_embedding.weight)
+        last = self.byte_embedding if self.output is None else self.output
+        return functional.linear(self.norm(x), last.weight)
 
 
 def summed_loss(

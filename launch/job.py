@@ -4,16 +4,18 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from choices import OPTIMIZERS, SIZES
 from corpus import Corpus, read_corpus
 from gpt import GPT, summed_loss
-from options import SIZES, Options, Refused
-from proof import Twin, chosen_kernel, own_gradients, verdict
+from options import Options, Refused
+from proof import Twin, chosen_kernels, one_evaluation, own_gradients, verdict
 from ranks import Ranks
-from recipe import build_optimizer, build_scheduler
+from recipe import build_optimizer, build_scheduler, names
 from report import History, Report, bits, draw, memory_table, state_bytes
 from saved_run import prepare_run, write_run
 from torch import Tensor
@@ -49,7 +51,7 @@ class Job:
             self.model.load_state_dict(run["model"])
         by_ddp = self.options.gradients == "replicated"
         self.replica = ranks.replicate(self.model) if by_ddp else self.model
-        self.optimizer = build_optimizer(self.model.parameters(), self.options)
+        self.optimizer = build_optimizer(self.model, self.options)
         self.optimizer.overlap_forward(self.model)
         self.scheduler = build_scheduler(self.optimizer, self.options)
         if self.step > 0:
@@ -91,11 +93,8 @@ class Job:
         started = time.perf_counter()
         shares = []
         while self.step < stop:
-            shares.append(self._backward(self.step))
-            if self.options.clip > 0:
-                self.optimizer.clip_grad_norm_(self.options.clip)
             self.history.lr.append(float(self.optimizer.param_groups[0]["lr"]))
-            self.optimizer.step()
+            shares.append(self._step())
             if self.options.scheduler != "plateau":  # which evaluations step
                 self.scheduler.step()
             self.step += 1
@@ -104,6 +103,23 @@ class Job:
         self.seconds += time.perf_counter() - started
         # One exchange for the losses of all these steps.
         self.history.training += self.ranks.sum(torch.stack(shares)).tolist()
+
+    def _step(self) -> Tensor:
+        """One step of the optimizer; returns this rank's share of the loss before it."""
+        shares: list[Tensor] = []
+
+        def evaluate() -> Tensor:
+            shares.append(self._backward(self.step))
+            return shares[-1] * self.ranks.world_size
+
+        if self._evaluates:
+            self.optimizer.step(evaluate)
+        else:
+            evaluate()
+            if self.options.clip > 0:
+                self.optimizer.clip_grad_norm_(self.options.clip)
+            self.optimizer.step()
+        return shares[0]
 
     def _backward(self, step: int) -> Tensor:
         """Gradients of the global batch; returns this rank's share of its mean loss.
@@ -158,7 +174,7 @@ class Job:
         self.report.say(
             f"\ntrained {num_steps} steps in {self.seconds:.1f} s, {rate:,.0f} tokens/s"
             f"\nheld-out loss {first:.3f} -> {last:.3f} nats, {bits(first):.3f} -> {bits(last):.3f}"
-            f" bits a byte\n\n{memory_table(by_rank, options.optimizer)}\n"
+            f" bits a byte\n\n{memory_table(by_rank, names(options))}\n"
         )
         if self.ranks.is_first:
             draw(Path(options.plot), self.history, f"{options.optimizer}, {self.ranks}")
@@ -177,17 +193,27 @@ class Job:
         if self.options.gradients != "replicated":  # then .grad is this rank's own, or gone
             means = {name: self.ranks.mean(own[name]) for name in means}
         norm = float(self.optimizer.clip_grad_norm_(math.inf))
-        wrong, exact = None, self.ranks.sums_in_rank_order
+        one_evaluation(self.optimizer)
+        wrong, exact = None, self._is_exact()
+        again = partial(self._backward, self.step) if self._evaluates else None
         if saved is None:
-            self.optimizer.step()
+            self.optimizer.step(again)
         else:
             model = new_model(self.options).to(self.ranks.device)
-            twin = Twin(saved, model, self.options, chosen_kernel(self.optimizer))
+            twin = Twin(saved, model, self.options, chosen_kernels(self.optimizer))
             wrong = twin.step(means, norm)
-            self.optimizer.step()
+            self.optimizer.step(again)
             wrong = wrong or twin.difference(self.model, sum(by_rank), exact=exact)
             self.report.say(f"saved   {saved}\n{verdict(self.options, wrong, exact=exact)}")
         return self.ranks.from_first(wrong)
+
+    @property
+    def _evaluates(self) -> bool:
+        return OPTIMIZERS[self.options.optimizer].evaluates
+
+    def _is_exact(self) -> bool:
+        """Whether plain torch has the same bits: LBFGS also sums over all parameters."""
+        return self.ranks.sums_in_rank_order and not (self._evaluates and self.ranks.world_size > 1)
 
     def _introduction(self) -> str:
         options = self.options
@@ -198,7 +224,7 @@ class Job:
         return (
             f"text       {self.corpus}{other}\n"
             f"model      {options.size}, {parameters:,} parameters\n"
-            f"optimizer  {options.optimizer}, lr {options.lr:g}, schedule {options.scheduler}\n"
+            f"optimizer  {names(options)}, lr {options.lr:g}, schedule {options.scheduler}\n"
             f"gradients  {options.gradients}, {clipped}\n"
             f"run        {begins}, {options.steps} steps in all, on {self.ranks}\n"
         )
@@ -213,6 +239,7 @@ def new_model(options: Options) -> GPT:
         num_heads=size.num_heads,
         width=size.width,
         context=options.context,
+        sparse=OPTIMIZERS[options.optimizer].takes == "embeddings",
     )
 
 

@@ -9,71 +9,13 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
+
+from choices import COMPANION, GRADIENTS, OPTIMIZERS, SCHEDULERS, SIZES, Size
 
 
 class Refused(Exception):
     """The run cannot start; the message is one line that says expected, got, and the remedy."""
-
-
-class Size(NamedTuple):
-    """A preset: the model, and the batch and length of run that suit it."""
-
-    num_layers: int
-    num_heads: int
-    width: int
-    context: int  # bytes
-    batch: int  # windows of one step, over all ranks
-    steps: int
-
-
-SIZES = {
-    "tiny": Size(2, 2, 32, context=32, batch=6, steps=50),
-    "small": Size(4, 4, 128, context=64, batch=16, steps=1000),
-    "medium": Size(8, 8, 512, context=256, batch=64, steps=4000),
-}
-
-
-class Recipe(NamedTuple):
-    """A class of ``torch.optim`` with the options it is tried with here."""
-
-    lr: float
-    options: Mapping[str, Any] = {}
-    has_weight_decay: bool = True
-
-
-OPTIMIZERS = {
-    "AdamW": Recipe(lr=4e-3),
-    "Adam": Recipe(lr=4e-3),
-    "Adamax": Recipe(lr=8e-3),
-    "NAdam": Recipe(lr=4e-3),
-    "RAdam": Recipe(lr=4e-3),
-    "Adagrad": Recipe(lr=2e-2),
-    "Adadelta": Recipe(lr=1.0),
-    "RMSprop": Recipe(lr=1e-3),
-    "Rprop": Recipe(lr=1e-3, has_weight_decay=False),
-    "SGD": Recipe(lr=0.1, options={"momentum": 0.9}),
-    "ASGD": Recipe(lr=0.5),
-    "Adafactor": Recipe(lr=2e-2),
-}
-NOT_HERE = {
-    "Muon": "it takes matrices alone, and a GPT has norms, too; choose AdamW or Adafactor",
-    "LBFGS": "it reevaluates the model within a step, over all the text; choose AdamW",
-    "SparseAdam": "it takes sparse gradients alone, and these are dense; choose Adam",
-}
-GRADIENTS = {
-    "replicated": "DDP averages them",
-    "local": "shardopt averages them",
-    "sharded": "shardopt averages them, and each rank keeps its part only",
-}
-SCHEDULERS = {
-    "none": "the lr stays",
-    "cosine": "warm-up over a twentieth of the steps, then half a cosine down to a tenth",
-    "linear": "a straight line down to a tenth",
-    "step": "times 0.3 after each third of the steps",
-    "onecycle": "OneCycleLR with --lr as its peak",
-    "plateau": "times 0.5 once the held-out loss has not improved for two evaluations",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +39,7 @@ class Options:
     resume: str | None = None
     kernel: str = "auto"
     gradients: str = "sharded"
-    clip: float = 1.0
+    clip: float
     device: str = "auto"
     check: bool = False
 
@@ -136,8 +78,9 @@ def _add_what_to_train(parser: argparse.ArgumentParser) -> None:
         for name, size in SIZES.items()
     )
     add = parser.add_argument_group("what is trained").add_argument
-    add("--optimizer", type=_optimizer, metavar="CLASS",
-        help=f"a class of torch.optim: {', '.join(OPTIMIZERS)} (default AdamW)")  # fmt: skip
+    add("--optimizer", type=_one_of(OPTIMIZERS), metavar="CLASS",
+        help=f"a class of torch.optim: {', '.join(OPTIMIZERS)}; where it takes matrices or"
+        f" embeddings only, {COMPANION} has the rest (default AdamW)")  # fmt: skip
     add("--scheduler", type=_one_of(SCHEDULERS), metavar="NAME",
         help=f"{schedules} (default cosine)")  # fmt: skip
     add("--lr", type=_number(above=0), help="learning rate (default: one that suits the optimizer)")
@@ -147,7 +90,7 @@ def _add_what_to_train(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=_whole(1), metavar="N", help="windows of one step, over all ranks")
     add("--context", type=_whole(2), metavar="N", help="bytes in a window")
     add("--clip", type=_number(least=0), metavar="X",
-        help="the largest norm of the gradients; 0: any (default 1)")  # fmt: skip
+        help="the largest norm of the gradients; 0: any (default 1; LBFGS: 0)")  # fmt: skip
     add("--seed", type=_whole(0), metavar="N", help="of weights and order of data (default 0)")
 
 
@@ -181,10 +124,12 @@ def fill_in(
         _check_same_run(given, saved)
         given = {**{name: saved[name] for name in IDENTITY + HABITS}, **given}
     size = SIZES[given.get("size", Options.size)]
+    optimizer = given.get("optimizer", Options.optimizer)
     steps = given.get("steps", size.steps)
     out = given.get("out", Options.out)
     defaults = {
-        "lr": _default_lr(given.get("optimizer", Options.optimizer), size),
+        "lr": default_lr(optimizer, size),
+        "clip": 0.0 if OPTIMIZERS[optimizer].evaluates else 1.0,
         "steps": steps,
         "batch": size.batch,
         "context": size.context,
@@ -197,7 +142,7 @@ def fill_in(
     return options
 
 
-def _default_lr(optimizer: str, size: Size) -> float:
+def default_lr(optimizer: str, size: Size) -> float:
     """The recipe's, tried on the small model; wider ones take smaller steps, in proportion."""
     return OPTIMIZERS[optimizer].lr * min(1.0, SIZES["small"].width / size.width)
 
@@ -212,6 +157,16 @@ def _check(options: Options, world_size: int) -> None:
         raise Refused(
             f"--weight-decay: expected none with {options.optimizer}, which has no such option,"
             f" got {options.weight_decay}; leave it out"
+        )
+    if options.clip > 0 and OPTIMIZERS[options.optimizer].evaluates:
+        raise Refused(
+            f"--clip: expected 0 with {options.optimizer}, which searches along the gradient as it"
+            f" is, got {options.clip:g}; leave it out"
+        )
+    if options.gradients == "replicated" and OPTIMIZERS[options.optimizer].takes == "embeddings":
+        raise Refused(
+            f"--gradients: expected local or sharded with {options.optimizer}, since DDP averages"
+            f" sparse gradients on a CPU only, got {options.gradients}; leave it out"
         )
     if not options.plot.endswith(".png"):
         raise Refused(f"--plot: expected a name that ends in .png, got {options.plot!r}; rename it")
@@ -244,14 +199,6 @@ class _Parser(argparse.ArgumentParser):
         """One line and no usage: the option at fault would scroll away."""
         unknown = "" if "expected" in message else "; python launch/train.py --help lists all"
         raise Refused(message.removeprefix("argument ") + unknown)
-
-
-def _optimizer(text: str) -> str:
-    if text in NOT_HERE:
-        raise argparse.ArgumentTypeError(
-            f"expected an optimizer that can train all of a GPT, got {text}: {NOT_HERE[text]}"
-        )
-    return _one_of(OPTIMIZERS)(text)
 
 
 def _one_of(names: Sequence[str] | Mapping[str, Any]) -> Callable[[str], str]:

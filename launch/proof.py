@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 from options import Options
-from recipe import class_options, optimizer_class
+from recipe import class_options, classes, groups_of
 from report import state_bytes
 from saved_run import read_run
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from shardopt import ShardedOptimizer
 
@@ -35,25 +36,32 @@ def own_gradients(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 class Twin:
-    """A model with a plain ``torch.optim`` optimizer, both as a saved run has them.
+    """A model with plain ``torch.optim`` optimizers, all as a saved run has them.
 
     Args:
         saved: the file.
         model: any of the right shapes; its weights are replaced.
         options: those of the run.
-        kernel: flags of the implementation, see :func:`chosen_kernel`.
+        kernels: flags of the implementation of each group, see :func:`chosen_kernels`.
     """
 
-    def __init__(self, saved: Path, model: nn.Module, options: Options, kernel: dict[str, bool]):
+    def __init__(
+        self, saved: Path, model: nn.Module, options: Options, kernels: list[dict[str, bool]]
+    ):
         run = read_run(saved)
         self.model = model
         self.model.load_state_dict(run["model"])
         self.before = [parameter.detach().clone() for parameter in self.model.parameters()]
-        given = {**class_options(options), **kernel}
-        self.optimizer = optimizer_class(options)(self.model.parameters(), **given)
-        for group in run["optimizer"]["param_groups"]:
-            group.update(kernel)  # which it does not name: loading would choose another
-        self.optimizer.load_state_dict(run["optimizer"])
+        self.optimizers = []
+        state, saved_groups = run["optimizer"]["state"], run["optimizer"]["param_groups"]
+        parts = zip(groups_of(model, options), classes(options), kernels, saved_groups, strict=True)
+        for group, chosen, kernel, saved_group in parts:  # one to a class
+            optimizer = chosen([group], **{**class_options(chosen, options), **kernel})
+            saved_group.update(kernel)  # which it does not name: loading would choose another
+            saved_group.pop("optimizer_class", None)
+            own = {key: state[key] for key in saved_group["params"] if key in state}
+            optimizer.load_state_dict({"state": own, "param_groups": [saved_group]})
+            self.optimizers.append(optimizer)
 
     def step(self, gradients: Mapping[str, Tensor | None], norm: float) -> str | None:
         """Step on these gradients; returns what is wrong with ``norm``, which should be theirs."""
@@ -61,8 +69,11 @@ class Twin:
             gradient = gradients[name]
             parameter.grad = None if gradient is None else gradient.clone()
         held = [p.grad for p in self.model.parameters() if p.grad is not None]
-        expected = float(nn.utils.get_total_norm(held))
-        self.optimizer.step()
+        dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in held]
+        expected = float(nn.utils.get_total_norm(dense))
+        for optimizer in self.optimizers:
+            one_evaluation(optimizer)
+            optimizer.step(lambda: 0.0)
         if not math.isclose(norm, expected, rel_tol=NORM_TOLERANCE):
             return f"clip_grad_norm_ found a norm of {norm}, and plain torch one of {expected}"
         return None
@@ -78,30 +89,41 @@ class Twin:
         moved = 0
         pairs = zip(model.named_parameters(), self.model.parameters(), self.before, strict=True)
         for (name, ours), plain, before in pairs:
-            allowed = 0.0 if exact else float((plain - before).abs().max()) / 1000
+            allowed = 0.0 if exact else float((plain - before).detach().abs().max()) / 1000
             if differing := _num_different(ours, plain, allowed):
                 return f"{differing} of {ours.numel()} elements of {name} differ"
             moved += _num_different(ours, before)
         if moved == 0:  # which would prove nothing
             return "the step moved no parameter"
-        if (plain_bytes := state_bytes(self.optimizer)) != sharded_bytes:
+        if (plain_bytes := state_bytes(*self.optimizers)) != sharded_bytes:
             return f"the ranks hold {sharded_bytes} bytes of state, plain torch {plain_bytes}"
         return None
 
 
 def verdict(options: Options, wrong: str | None, *, exact: bool) -> str:
     """The line that ends a run."""
-    plain = f"it loads into plain torch.optim.{options.optimizer}"
-    equal = "bit for bit" if exact else "but for the rounding of NCCL's sums"
+    plain = "it loads into plain " + " and ".join(
+        f"torch.optim.{chosen.__name__}" for chosen in classes(options)
+    )
+    equal = "bit for bit" if exact else "but for the rounding of sums over ranks"
     if wrong is not None:
         return f"proof   FAILED: {plain}, but {wrong}"
     return f"proof   {plain}, whose next step is equal, {equal}"
 
 
-def chosen_kernel(optimizer: ShardedOptimizer) -> dict[str, bool]:
-    """The flags of torch's implementation that ``optimizer`` runs: fused rounds otherwise."""
-    group = optimizer.optim.param_groups[0]
-    return {flag: group[flag] for flag in ("fused", "foreach") if group.get(flag) is not None}
+def chosen_kernels(optimizer: ShardedOptimizer) -> list[dict[str, bool]]:
+    """The flags of torch's implementation that each group runs: fused rounds otherwise."""
+    return [
+        {flag: group[flag] for flag in ("fused", "foreach") if group.get(flag) is not None}
+        for group in optimizer.optim.param_groups
+    ]
+
+
+def one_evaluation(optimizer: Optimizer) -> None:
+    """Of a class that evaluates a closure as often as it likes: let the next step do so once."""
+    for group in optimizer.param_groups:
+        if "line_search_fn" in group:
+            group.update(max_iter=1, line_search_fn=None)
 
 
 def _num_different(one: Tensor, other: Tensor, allowed: float = 0.0) -> int:

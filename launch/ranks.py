@@ -51,12 +51,24 @@ class Ranks:
         """The mean over ranks, summed in their order, then divided: as shardopt does over gloo."""
         if self.world_size == 1:
             return tensor
+        if tensor.is_sparse:
+            return self._mean_of_rows(tensor.coalesce())
         rows = [torch.empty_like(tensor) for _ in range(self.world_size)]
         dist.all_gather(rows, tensor)
         total = rows[0]
         for row in rows[1:]:
             total += row
         return total / self.world_size
+
+    def _mean_of_rows(self, tensor: Tensor) -> Tensor:
+        """Of sparse tensors: the rows that any rank has."""
+        has = torch.zeros(len(tensor), device=tensor.device)
+        has[tensor.indices()[0]] = 1.0
+        rows = self.sum(has).nonzero().T
+        values = self.mean(tensor.to_dense())[rows[0]]
+        return torch.sparse_coo_tensor(
+            rows, values, tensor.shape, is_coalesced=True, check_invariants=False
+        )
 
     @property
     def sums_in_rank_order(self) -> bool:

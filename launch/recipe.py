@@ -1,38 +1,66 @@
 """From options to the optimizer and the scheduler that train."""
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from options import OPTIMIZERS, Options
+from choices import COMPANION, OPTIMIZERS, SIZES
+from options import Options, default_lr
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
 from shardopt import ShardedOptimizer, sched
 
 Scheduler = lr_scheduler.LRScheduler
+Group = dict[str, Any]
 
 
-def optimizer_class(options: Options) -> type[Optimizer]:
-    return getattr(torch.optim, options.optimizer)
+def classes(options: Options) -> list[type[Optimizer]]:
+    """The class of each group of parameters: the chosen one, then that of the rest, if any."""
+    takes_all = OPTIMIZERS[options.optimizer].takes == "everything"
+    chosen = [options.optimizer] if takes_all else [options.optimizer, COMPANION]
+    return [getattr(torch.optim, name) for name in chosen]
 
 
-def class_options(options: Options) -> dict[str, Any]:
-    """What the constructor of the optimizer class is given."""
-    given: dict[str, Any] = {"lr": options.lr, **OPTIMIZERS[options.optimizer].options}
+def names(options: Options) -> str:
+    return " and ".join(chosen.__name__ for chosen in classes(options))
+
+
+def class_options(chosen: type[Optimizer], options: Options) -> dict[str, Any]:
+    """What the constructor of one of the classes is given."""
+    name = chosen.__name__
+    lr = options.lr if name == options.optimizer else default_lr(name, SIZES[options.size])
+    given: dict[str, Any] = {"lr": lr, **OPTIMIZERS[name].options}
     if options.weight_decay is not None:
         given["weight_decay"] = options.weight_decay
     return given
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], options: Options) -> ShardedOptimizer:
+def groups_of(model: nn.Module, options: Options) -> list[Group]:
+    """The parameters of each class."""
+    takes = OPTIMIZERS[options.optimizer].takes
+    if takes == "everything":
+        return [{"params": list(model.parameters())}]
+    taken: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        is_embedding = "embedding" in name  # that of bytes may be the output layer, too
+        fits = is_embedding if takes == "embeddings" else parameter.dim() == 2 and not is_embedding
+        (taken if fits else rest).append(parameter)
+    return [{"params": taken}, {"params": rest}]
+
+
+def build_optimizer(model: nn.Module, options: Options) -> ShardedOptimizer:
+    """The chosen class; where it does not take all of the model, in a group beside the rest's."""
+    groups, (*named, main) = groups_of(model, options), classes(options)
+    for group, chosen in zip(groups, named, strict=False):
+        group.update(optimizer_class=chosen, **class_options(chosen, options))
     return ShardedOptimizer(
-        parameters,
-        optimizer_class(options),
+        groups,
+        main,
         gradients=options.gradients,
         kernel=options.kernel,
-        **class_options(options),
+        **class_options(main, options),
     )
 
 
@@ -63,11 +91,11 @@ def build_scheduler(optimizer: Optimizer, options: Options) -> Scheduler:
     if options.scheduler == "step":
         return lr_scheduler.StepLR(optimizer, max(1, steps // 3), gamma=0.3)
     if options.scheduler == "onecycle":
-        # It cycles momentum or betas as well, where the class has either.
-        cycles = bool({"momentum", "betas"} & set(optimizer.defaults))
-        return lr_scheduler.OneCycleLR(
-            optimizer, options.lr, total_steps=steps, cycle_momentum=cycles
-        )
+        # It cycles momentum or betas as well, where all groups have the same of them.
+        groups = optimizer.param_groups
+        cycles = any(all(key in group for group in groups) for key in ("momentum", "betas"))
+        peaks = [float(group["lr"]) for group in groups]
+        return lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps, cycle_momentum=cycles)
     if options.scheduler == "plateau":
         return sched.ReduceLROnPlateau(optimizer, factor=0.5, patience=2)
     return lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)

@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 NAT = 1 / math.log(2)  # bits
@@ -57,17 +58,14 @@ class Report:
         self.bar.close()
 
 
-def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of per-element state in ``optimizer``, read off its tensors.
+def state_bytes(*optimizers: Optimizer) -> int:
+    """Bytes of per-element state in ``optimizers``, read off its tensors.
 
     Step counts, one number to a tensor, are left out: they are on every rank alike.
     """
-    return sum(
-        value.nbytes
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor) and value.dim() > 0
-    )
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    values = tree_leaves(states)
+    return sum(value.nbytes for value in values if isinstance(value, Tensor) and value.dim() > 0)
 
 
 def memory_table(by_rank: list[int], name: str) -> str:
@@ -75,8 +73,13 @@ def memory_table(by_rank: list[int], name: str) -> str:
     replica = sum(by_rank)
     rows = [(f"rank {rank}, sharded", held) for rank, held in enumerate(by_rank)]
     rows.append(("every rank, if replicated", replica))
-    lines = [f"{'optimizer state of ' + name:<28} {'bytes':>13}    {'share':>6}"]
-    lines += [f"  {label:<26} {held:>13,}    {held / max(1, replica):6.1%}" for label, held in rows]
+    title = f"optimizer state of {name}"
+    width = max(28, len(title))
+    lines = [f"{title:<{width}} {'bytes':>13}    {'share':>6}"]
+    lines += [
+        f"  {label:<{width - 2}} {held:>13,}    {held / max(1, replica):6.1%}"
+        for label, held in rows
+    ]
     return "\n".join(lines)
 
 

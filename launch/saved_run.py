@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from options import OPTIMIZERS, SCHEDULERS, SIZES, Refused, fill_in
+from choices import OPTIMIZERS, SCHEDULERS, SIZES
+from options import Refused, fill_in
 
 FIELDS = ("model", "optimizer", "scheduler", "step", "options", "history", "text")
 

@@ -123,7 +123,7 @@ class Shard:
         self.algorithms += algorithms
         self._algorithm_of += by_parameter(groups, algorithms)
         for group, algorithm in zip(groups, algorithms, strict=True):
-            self._may_fuse.append(_may_fuse(group["params"], algorithm))
+            self._may_fuse.append(algorithm.may_fuse(group["params"]))
         try:
             with guard or nullcontext():
                 fresh = self._construct(groups)
@@ -166,16 +166,13 @@ class Shard:
 
     def instance(self, groups: Sequence[Group], first: int = 0) -> Optimizer:
         """An instance of the class or classes over stand-ins for the groups from ``first`` on."""
-
-        def local(algorithm: Algorithm) -> type[Optimizer]:
-            faster = algorithm.faster if self.kernel == "auto" else None
-            return faster or algorithm.optimizer_class
-
+        classes = [algorithm.class_for(self.kernel) for algorithm in self.algorithms[first:]]
         named = [
-            {**group, CLASS: local(self.algorithms[number])} if CLASS in group else group
-            for number, group in enumerate(groups, first)
+            {**group, CLASS: its_class} if CLASS in group else group
+            for group, its_class in zip(groups, classes, strict=True)
         ]
-        return instance_of(local(algorithm_for(self.optimizer_class)), named, self.options)
+        main = algorithm_for(self.optimizer_class).class_for(self.kernel)
+        return instance_of(main, named, self.options)
 
     def _take(self, fresh: Optimizer) -> None:
         """Adopt a new instance, or its groups."""
@@ -281,13 +278,3 @@ def by_parameter(groups: Sequence[Group], algorithms: Sequence[Algorithm]) -> li
     """The algorithm of each of ``unique_parameters(groups)``."""
     pairs = zip(groups, algorithms, strict=True)
     return list({id(p): algorithm for group, algorithm in pairs for p in group["params"]}.values())
-
-
-def _may_fuse(parameters: Sequence[Tensor], algorithm: Algorithm) -> bool:
-    """Whether torch's fused kernel is right for all of ``parameters``. The same on every rank."""
-    return all(
-        p.is_floating_point()
-        and p.device.type in algorithm.fused_devices
-        and (p.itemsize >= 4 or p.device.type != "cpu" or algorithm.fuses_16_bits_on_cpu)
-        for p in parameters
-    )

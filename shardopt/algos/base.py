@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from shardopt.layout import Atom
@@ -61,6 +62,19 @@ class Algorithm:
     flat: frozenset[str] = frozenset()
     mixes: bool = True
     refusal: str | None = None
+
+    def class_for(self, kernel: str) -> type[Optimizer]:
+        """The class that computes a step."""
+        return self.faster if kernel == "auto" and self.faster else self.optimizer_class
+
+    def may_fuse(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether torch's fused kernel is right for all of ``parameters``. The same on any rank."""
+        return all(
+            p.is_floating_point()
+            and p.device.type in self.fused_devices
+            and (p.itemsize >= 4 or p.device.type != "cpu" or self.fuses_16_bits_on_cpu)
+            for p in parameters
+        )
 
     def state_shape(self, name: str, shape: Shape) -> Shape | None:
         """Shape of state ``name`` of a parameter of ``shape``; ``None`` where it is not known."""

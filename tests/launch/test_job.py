@@ -7,14 +7,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from shardopt.algos import algorithm_for
 from tests import ROOT
 
-# As in launch/options.py; each schedule meets two optimizers.
+# As in launch/choices.py; each schedule meets two optimizers.
 SCHEDULERS = ("none", "cosine", "linear", "step", "onecycle", "plateau")
 FAST = ("AdamW", "Adafactor", "SGD", "Rprop", "Adagrad", "NAdam")
 SLOW = ("Adam", "Adamax", "RAdam", "Adadelta", "RMSprop", "ASGD")
+SPECIAL = {"Muon": "onecycle", "SparseAdam": "cosine", "LBFGS": "plateau"}
 PAIRS = [
     *zip(FAST, SCHEDULERS, strict=True),
+    *(pair for pair in SPECIAL.items() if not algorithm_for(getattr(torch.optim, pair[0])).refusal),
     *(
         pytest.param(optimizer, scheduler, marks=pytest.mark.slow)
         for optimizer, scheduler in zip(SLOW, reversed(SCHEDULERS), strict=True)
@@ -42,7 +45,7 @@ def job(launch, out: Path, *arguments: object):
 
 def test_tables_are_tried(launch):
     assert set(SCHEDULERS) == set(launch.options.SCHEDULERS)
-    assert set(FAST + SLOW) == set(launch.options.OPTIMIZERS)
+    assert {*FAST, *SLOW, *SPECIAL} == set(launch.options.OPTIMIZERS)
 
 
 @pytest.mark.parametrize("optimizer, scheduler", PAIRS)

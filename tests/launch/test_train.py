@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.optim import Optimizer
 
+from shardopt.algos import algorithm_for
 from tests import ROOT
 
 SCRIPT = ROOT / "launch" / "train.py"
@@ -32,11 +34,11 @@ def train(*arguments: object, ranks: int = 1, timeout: float = 240) -> subproces
     )
 
 
-def trained(out: Path, *arguments: object, ranks: int = 1) -> str:
+def trained(out: Path, *arguments: object, ranks: int = 1, how: str = "bit for bit") -> str:
     """What a run that must succeed printed."""
     result = train("--out", out, *arguments, ranks=ranks)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "next step is equal, bit for bit" in result.stdout
+    assert f"next step is equal, {how}" in result.stdout
     return result.stdout
 
 
@@ -137,10 +139,36 @@ def test_default_model_learns(tmp_path):
     assert bits[-1] < 4
 
 
+EVERY_CLASS = [
+    name
+    for name, value in vars(torch.optim).items()
+    if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
+]
+
+
+@pytest.mark.parametrize("optimizer", EVERY_CLASS)
+def test_every_class_of_torch_is_there(optimizer, tmp_path):
+    checked = train("--check", "--optimizer", optimizer, "--out", tmp_path)
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", EVERY_CLASS)
+def test_every_class_of_torch_trains_on_two_ranks(optimizer, tmp_path):
+    """A few steps, and the proof against the plain class."""
+    if algorithm_for(getattr(torch.optim, optimizer)).refusal:
+        pytest.skip(f"shardopt refuses {optimizer}")
+    how = "but for the rounding" if optimizer == "LBFGS" else "bit for bit"
+    printed = trained(tmp_path, "--optimizer", optimizer, *TINY, ranks=2, how=how)
+    assert re.search(rf"^optimizer  {optimizer}( and AdamW)?, lr", printed, re.MULTILINE)
+    first, last = re.search(r"held-out loss ([\d.]+) -> ([\d.]+) nats", printed).groups()
+    assert float(last) < float(first)
+
+
 BAD_OPTIONS = {
     "--optimizer AdamQ": "got 'AdamQ'; did you mean Adam?",
-    "--optimizer Muon": "takes matrices alone",
-    "--optimizer LBFGS": "choose AdamW",
+    "--optimizer SparseAdam --gradients replicated": "--gradients: expected local or sharded",
+    "--optimizer LBFGS --clip 1": "--clip: expected 0 with LBFGS",
     "--scheduler cosin": "did you mean cosine?",
     "--steps -3": "--steps: expected a whole number of at least 1, got '-3'",
     "--steps many": "got 'many'",

@@ -455,7 +455,7 @@ def test_a_state_that_does_not_fit_is_refused_on_every_rank():
     other = copy.deepcopy(good)
     other["state"][2] = {"exp_avg": torch.ones(3)}
     with pytest.raises(
-        ValueError, match=r"'2, of .*: expected all state under the first parameter"
+        ValueError, match=r"parameter 2 of .*: expected all state under the first parameter"
     ):
         running.optimizer.load_state_dict(other)
     assert_same(running.saved(), good)

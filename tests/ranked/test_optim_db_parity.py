@@ -4,14 +4,21 @@
 back, and the steps after it.
 """
 
+import copy
 import warnings
 from collections import Counter
 
 import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import LBFGS, AdamW
 
+from shardopt import ShardedOptimizer
+from shardopt.algos import algorithm_for
 from shardopt.errors import UnsupportedError
-from tests.bank import REFUSED_CLASSES, Case
-from tests.bank_runs import presences, start
+from tests.bank import Case
+from tests.bank_runs import Training, presences, start
 from tests.ranked.test_bank import check
 from tests.ranks import on_ranks
 
@@ -45,40 +52,85 @@ def foreach_cases() -> dict[str, Case]:
 
 
 OF_TORCH, FOREACH = cases_of_torch(), foreach_cases()
-CASES = OF_TORCH | FOREACH
 
 
 def test_no_case_is_lost():
     """What torch 2.13 has; a later one may have more."""
     assert len(OF_TORCH) >= 117
     assert len(FOREACH) >= 75
-    assert len(CASES) == len(OF_TORCH) + len(FOREACH)
+    assert not OF_TORCH.keys() & FOREACH.keys()
     classes = Counter(case.optimizer_class.__name__ for case in OF_TORCH.values())
     assert len(classes) == len(optim_db) >= 15
     assert min(classes.values()) >= 4
     assert sum(bool(case.options.get("fused")) for case in OF_TORCH.values()) >= 26
 
 
-def compare(case: Case, presence: str, rank: int) -> None:
-    if case.optimizer_class in REFUSED_CLASSES:
+def compare(case: Case, presence: str, rank: int, world_size: int) -> None:
+    if algorithm_for(case.optimizer_class).refusal:
         with pytest.raises(UnsupportedError, match="is not supported yet"):
-            start(case, "torch")
+            ShardedOptimizer([Parameter(torch.ones(3))], case.optimizer_class)
+    elif case.optimizer_class is LBFGS:
+        check_search(case, rank, world_size)
     else:
         check(case, presence, rank)
+
+
+def check_search(case: Case, rank: int, world_size: int) -> None:
+    """LBFGS: one group, a closure, and sums over ranks, which round in another order."""
+    exact = {"rtol": 0, "atol": 0} if world_size == 1 else {"rtol": 1e-6, "atol": 1e-9}
+
+    def build(sharded: bool, values: list[Tensor]) -> Training:
+        parameters = [Parameter(value.detach().clone()) for value in values]
+        options = copy.deepcopy(dict(case.options))
+        if not sharded:
+            return Training(case, parameters, LBFGS(parameters, **options))
+        return Training(case, parameters, ShardedOptimizer(parameters, LBFGS, **options))
+
+    begun = start(Case(AdamW, {}), dtype=torch.float64).parameters
+    ours, theirs = build(True, begun), build(False, begun)
+    search(ours, theirs, steps=2)
+    states = ours.saved(), theirs.saved()
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    torch.testing.assert_close(states[0]["state"], states[1]["state"], **exact)
+    resumed = build(True, theirs.parameters), build(False, theirs.parameters)
+    resumed[0].optimizer.load_state_dict(states[1] if rank == 0 else None, from_=0)
+    resumed[1].optimizer.load_state_dict(states[0])
+    search(ours, theirs, *resumed, steps=2)
+    for training in (ours, *resumed):
+        torch.testing.assert_close(training.parameters, theirs.parameters, **exact)
+        torch.testing.assert_close(training.saved()["state"], theirs.saved()["state"], **exact)
+    moved = [not torch.equal(*pair) for pair in zip(begun, ours.parameters, strict=True)]
+    assert all(moved), moved
+
+
+def search(*trainings: Training, steps: int) -> None:
+    """Steps on a bowl with ripples; every rank evaluates all of it."""
+    for training in trainings:
+        optimizer, parameters = training.optimizer, training.parameters
+
+        def closure(optimizer=optimizer, parameters=parameters) -> Tensor:
+            optimizer.zero_grad()
+            bowl = [(p.square() * (1 + n) + p.cos()).sum() for n, p in enumerate(parameters)]
+            loss = torch.stack(bowl).sum()
+            loss.backward()
+            return loss
+
+        for _ in range(steps):
+            optimizer.step(closure)
 
 
 @pytest.mark.slow  # the bank is fast
 @on_ranks(1, 2, 3)
 @pytest.mark.parametrize("name", OF_TORCH)
-def test_equals_the_class(name, rank):
+def test_equals_the_class(name, rank, world_size):
     """With gradients that come and go, where the class itself can take that."""
     case = OF_TORCH[name]
-    compare(case, presences(case)[-1], rank)
+    compare(case, presences(case)[-1], rank, world_size)
 
 
 @pytest.mark.slow
 @on_ranks(1, 2, 3)
-@pytest.mark.parametrize("name", CASES)
-def test_equals_the_class_with_all_gradients(name, rank):
-    """Here ``foreach=True``, too, which torch's own tests give to accelerators only."""
-    compare(CASES[name], "all always", rank)
+@pytest.mark.parametrize("name", FOREACH)
+def test_foreach_equals_the_class_with_all_gradients(name, rank, world_size):
+    """``foreach=True``, which torch's own tests give to accelerators only."""
+    compare(FOREACH[name], "all always", rank, world_size)

@@ -179,13 +179,13 @@ def broken_states(saved):
         r"doesn't match the size .*6 parameters, got 5": changed(
             lambda s: s["param_groups"][0]["params"].pop()
         ),
-        r"'exp_avg' of parameter '2,.*expected shape \(37, 53\), got \(53, 37\)": changed(
+        r"'exp_avg' of parameter 2 .*expected shape \(37, 53\), got \(53, 37\)": changed(
             lambda s: s["state"][2].update(exp_avg=s["state"][2]["exp_avg"].T.contiguous())
         ),
-        r"'step' of parameter '0,.*expected shape \(\), got \(2,\)": changed(
+        r"'step' of parameter 0 .*expected shape \(\), got \(2,\)": changed(
             lambda s: s["state"][0].update(step=torch.zeros(2))
         ),
-        r"'momentum_buffer' of parameter '1,": changed(
+        r"'momentum_buffer' of parameter 1 ": changed(
             lambda s: s["state"][1].update(momentum_buffer=torch.zeros(53))
         ),
         r"state for parameter 77, which no group lists": changed(
