@@ -166,10 +166,10 @@ class Shard:
 
     def instance(self, groups: Sequence[Group], first: int = 0) -> Optimizer:
         """An instance of the class or classes over stand-ins for the groups from ``first`` on."""
-        classes = [algorithm.class_for(self.kernel) for algorithm in self.algorithms[first:]]
+        classes = [algorithm.class_for(self.kernel) for algorithm in self.algorithms]
         named = [
-            {**group, CLASS: its_class} if CLASS in group else group
-            for group, its_class in zip(groups, classes, strict=True)
+            {**group, CLASS: classes[number]} if CLASS in group else group
+            for number, group in enumerate(groups, first)
         ]
         main = algorithm_for(self.optimizer_class).class_for(self.kernel)
         return instance_of(main, named, self.options)
