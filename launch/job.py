@@ -13,7 +13,7 @@ from choices import OPTIMIZERS, SIZES
 from corpus import Corpus, read_corpus
 from gpt import GPT, summed_loss
 from options import Options, Refused
-from proof import Twin, chosen_kernels, one_evaluation, own_gradients, verdict
+from proof import Twin, chosen_kernels, one_evaluation, own_gradients, rounding_of, verdict
 from ranks import Ranks
 from recipe import build_optimizer, build_scheduler, names
 from report import History, Report, bits, draw, memory_table, state_bytes
@@ -194,7 +194,7 @@ class Job:
             means = {name: self.ranks.mean(own[name]) for name in means}
         norm = float(self.optimizer.clip_grad_norm_(math.inf))
         one_evaluation(self.optimizer)
-        wrong, exact = None, self._is_exact()
+        wrong, rounding = None, rounding_of(self.options, self.ranks)
         again = partial(self._backward, self.step) if self._evaluates else None
         if saved is None:
             self.optimizer.step(again)
@@ -203,17 +203,13 @@ class Job:
             twin = Twin(saved, model, self.options, chosen_kernels(self.optimizer))
             wrong = twin.step(means, norm)
             self.optimizer.step(again)
-            wrong = wrong or twin.difference(self.model, sum(by_rank), exact=exact)
-            self.report.say(f"saved   {saved}\n{verdict(self.options, wrong, exact=exact)}")
+            wrong = wrong or twin.difference(self.model, sum(by_rank), rounding)
+            self.report.say(f"saved   {saved}\n{verdict(self.options, wrong, rounding)}")
         return self.ranks.from_first(wrong)
 
     @property
     def _evaluates(self) -> bool:
         return OPTIMIZERS[self.options.optimizer].evaluates
-
-    def _is_exact(self) -> bool:
-        """Whether plain torch has the same bits: LBFGS also sums over all parameters."""
-        return self.ranks.sums_in_rank_order and not (self._evaluates and self.ranks.world_size > 1)
 
     def _introduction(self) -> str:
         options = self.options

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
 from shardopt import ShardedOptimizer, sched
+from shardopt.algos import algorithm_for
 
 Scheduler = lr_scheduler.LRScheduler
 Group = dict[str, Any]
@@ -24,6 +25,11 @@ def classes(options: Options) -> list[type[Optimizer]]:
 
 def names(options: Options) -> str:
     return " and ".join(chosen.__name__ for chosen in classes(options))
+
+
+def stepping_class(chosen: type[Optimizer], options: Options) -> type[Optimizer]:
+    """What computes a step: with ``--kernel auto`` a faster Muon, a subclass of torch's."""
+    return algorithm_for(chosen).class_for(options.kernel)
 
 
 def class_options(chosen: type[Optimizer], options: Options) -> dict[str, Any]:

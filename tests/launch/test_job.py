@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from shardopt.algos import algorithm_for
 from tests import ROOT
 
 # As in launch/choices.py; each schedule meets two optimizers.
@@ -17,7 +16,7 @@ SLOW = ("Adam", "Adamax", "RAdam", "Adadelta", "RMSprop", "ASGD")
 SPECIAL = {"Muon": "onecycle", "SparseAdam": "cosine", "LBFGS": "plateau"}
 PAIRS = [
     *zip(FAST, SCHEDULERS, strict=True),
-    *(pair for pair in SPECIAL.items() if not algorithm_for(getattr(torch.optim, pair[0])).refusal),
+    *SPECIAL.items(),
     *(
         pytest.param(optimizer, scheduler, marks=pytest.mark.slow)
         for optimizer, scheduler in zip(SLOW, reversed(SCHEDULERS), strict=True)

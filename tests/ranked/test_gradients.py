@@ -51,6 +51,11 @@ def as_many() -> Collectives:
     return collectives
 
 
+# Those that take rows alone are in test_sparse.py.
+DENSE = [name for name in DEFAULTS if not BANK[name].takes_rows]
+DENSE += ["AdamW amsgrad", "SGD momentum=0.9"]
+
+
 class Twins:
     """A model under ``ShardedOptimizer`` and an equal one under the plain class, on every rank.
 
@@ -151,7 +156,7 @@ def loss_of_some(model: nn.Module, seed: int, rank: int) -> Tensor:
 
 @on_ranks(1, 2, 3)
 @every_way
-@pytest.mark.parametrize("name", [*DEFAULTS, "AdamW amsgrad", "SGD momentum=0.9"])
+@pytest.mark.parametrize("name", DENSE)
 def test_every_class_equals_its_twin(kind, name, rank, world_size):
     """Two groups; gradients that come and go on each rank; saved, loaded, and gone on with."""
     twins = Twins(kind, rank, world_size, loss_of_some)
