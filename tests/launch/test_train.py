@@ -145,6 +145,7 @@ EVERY_CLASS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", EVERY_CLASS)
 def test_every_class_of_torch_is_there(optimizer, tmp_path):
     checked = train("--check", "--optimizer", optimizer, "--out", tmp_path)

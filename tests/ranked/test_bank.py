@@ -99,6 +99,7 @@ def test_auto_is_the_fused_class(name):
     check_auto(BANK[name])
 
 
+@pytest.mark.slow
 @on_ranks(1, 2, 3)
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "complex64"])
 @pytest.mark.parametrize("name", DEFAULTS)

@@ -21,6 +21,8 @@ from tests.ranks import on_ranks
 from tests.searches import Digits, Mixed, Network, Rosenbrock, search
 from tests.twins import SMALL_BUCKETS, assert_same, make_model
 
+pytestmark = pytest.mark.slow  # an iteration has many small messages
+
 ALL_KINDS = ["replicated", "local", "sharded"]
 FP64 = {"rtol": 1e-7, "atol": 1e-9}
 FP32 = {"rtol": 1e-3, "atol": 1e-4}
@@ -83,7 +85,6 @@ def test_a_network_on_unequal_parts_of_the_data(kind, line_search_fn, rank, worl
     assert sum(held) == 5322 and (max(held) < 5322 or world_size == 1)  # not vacuous
 
 
-@pytest.mark.slow
 @on_ranks(1, 2, 3)
 @pytest.mark.parametrize("line_search_fn", [None, "strong_wolfe"])
 def test_rosenbrock_to_its_end(line_search_fn, rank, world_size):
@@ -97,7 +98,6 @@ def test_rosenbrock_to_its_end(line_search_fn, rank, world_size):
             )
 
 
-@pytest.mark.slow
 @on_ranks(1, 2, 3)
 @pytest.mark.parametrize("kind", ["local", "sharded"])
 def test_logistic_regression_on_digits(kind, rank, world_size):
