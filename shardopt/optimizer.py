@@ -46,13 +46,13 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer, InnerMethods):
         optimizer_class: any subclass of ``torch.optim.Optimizer``. The element-wise ones of
             ``torch.optim``, and LBFGS (its memory: ``algos/lbfgs.py``), are cut evenly; others get
             whole parameters, placed by cost, and must update each from its own gradient and state.
-        process_group: whose ranks share the state: ``None`` (all), a ``ProcessGroup``, a 1-D
-            ``DeviceMesh``, or a ``Collectives``.
+        process_group: whose ranks share the state: ``None`` (all), a ``ProcessGroup``, a
+            ``DeviceMesh`` (1-D, or 2-D: replicate x shard), or a ``Collectives``.
         gradients: what ranks bring in ``.grad``. ``"replicated"``: the averaged gradient (by DDP
             or by hand). ``"local"``: each its own; shardopt averages, while backward goes on.
-            ``"sharded"``: the same, and frees each gradient as it is averaged, so that a rank
-            keeps its shard only (ZeRO stage 2). Both broadcast the first rank's parameters at
-            construction, and ``step`` leaves ``.grad`` as ``None``.
+            ``"sharded"``: the same, and frees each gradient as it is averaged: a rank keeps its
+            shard (ZeRO stage 2). Both broadcast the first rank's parameters, and end a ``step``
+            with ``.grad`` as ``None``.
         kernel: ``"torch"``: the class with the user's ``foreach`` and ``fused``, bit for bit.
             ``"auto"``: the same, but torch's fused kernel where the class has one that is safe
             (Adam, AdamW, SGD without momentum, Adagrad on a CPU) and the user chose neither flag;
