@@ -23,10 +23,7 @@ from tests.ranked.test_traffic import Counted
 from tests.ranks import on_ranks
 from tests.twins import assert_same
 
-pytestmark = [
-    pytest.mark.slow,  # the bank is fast
-    pytest.mark.filterwarnings("ignore:Sparse invariant checks"),  # torch's, within Adagrad
-]
+pytestmark = pytest.mark.slow  # the bank is fast
 every_kind = pytest.mark.parametrize("kind", KINDS)
 TABLES = [(97, 7), (5, 3), (1, 4)]  # one is cut, and on three ranks not all have rows of each
 
@@ -353,6 +350,7 @@ BOTH: list[tuple[type[Optimizer], dict]] = [
 @on_ranks(1, 2, 3)
 @pytest.mark.parametrize("kernel", ["torch", "auto"])
 @pytest.mark.parametrize("number", range(len(BOTH)))
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's, within Adagrad
 def test_sgd_and_adagrad_take_what_torch_takes(number, kernel):
     """Bit for bit, rows touched twice included; "auto" leaves these groups to torch."""
     optimizer_class, options = BOTH[number]
