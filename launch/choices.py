@@ -29,9 +29,7 @@ class Recipe(NamedTuple):
     options: Mapping[str, Any] = {}
     has_weight_decay: bool = True
     takes: str = "everything"  # or "matrices", or "embeddings": AdamW has the rest of the model
-    evaluates: bool = (
-        False  # whether a step evaluates the model, by a closure, as often as it likes
-    )
+    evaluates: bool = False  # the model, by a closure, as often as it likes within a step
 
 
 OPTIMIZERS = {

@@ -6,7 +6,8 @@ needs all parameters, and every rank must get the same loss, so that all go on a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from operator import add
 from typing import Any
@@ -132,28 +133,31 @@ class Evaluation:
     def _evaluate(self, is_first: bool) -> tuple[Any, float]:
         """This rank's loss. What fails on one rank fails on all, and no rank waits for it."""
         before = self._gradients.num_rounds
-        expected = before + self._num_passes
-        try:
-            with all_or_none(self._shard.collectives):
-                try:
-                    loss = self._closure()
-                    value = float(loss.detach() if isinstance(loss, Tensor) else loss)
-                    if not is_first:
-                        self._check()
-                except Exception:
-                    self._gradients.lose(expected)  # others may be within a backward
-                    raise
-        except Exception:
-            self._gradients.lose(expected)
-            raise
+        # Where it fails before others, within a backward, can hear of it; and where they do.
+        with (
+            self._lost_if_it_fails(),
+            all_or_none(self._shard.collectives),
+            self._lost_if_it_fails(),
+        ):
+            loss = self._closure()
+            value = float(loss.detach() if isinstance(loss, Tensor) else loss)
+            if not is_first:
+                self._check()
         self._num_passes = self._gradients.num_rounds - before
         return loss, value
 
+    @contextmanager
+    def _lost_if_it_fails(self) -> Iterator[None]:
+        expected = self._gradients.num_rounds + self._num_passes
+        try:
+            yield
+        except Exception:
+            self._gradients.lose(expected)
+            raise
+
     def gather(self) -> None:
         """Start to bring the parameters together on every rank."""
-        buckets, parameters = self._shard.layout.buckets, self._shard.parameters
-        everything = range(len(buckets)), range(len(parameters))
-        self._arrivals.expect(update.gather(self._shard, *everything, self._gradients.of))
+        self._arrivals.expect(update.gather_everything(self._shard))
 
     def _mean(self, value: float) -> float:
         """Over all ranks, replicas too; the same bits on each."""

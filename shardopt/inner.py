@@ -37,7 +37,7 @@ class InnerMethods(Optimizer):
         if not name.startswith("_") and "_shard" in self.__dict__:
             if _that_have(name, self.optim):
                 return partial(self._call, name)
-            classes = " and ".join(type(part).__name__ for part in parts_of(self.optim))
+            classes = " and ".join(type(part).__name__ for part in parts_of(self.optim).values())
             raise AttributeError(
                 f"{type(self).__name__!r} object has no attribute {name!r}, nor has {classes} a "
                 "method of this name",
@@ -63,11 +63,11 @@ class InnerMethods(Optimizer):
             parts = _that_have(name, shard.optim)
             results = [getattr(part, name)(*args, **kwargs) for part in parts]
         update.pull_options(shard, groups, pushed)
-        everything = range(len(shard.layout.buckets)), range(len(shard.parameters))
-        self._arrivals.expect(update.gather(shard, *everything))
+        self._arrivals.expect(update.gather_everything(shard))
         return self if results[0] is parts[0] else results[0]
 
 
 def _that_have(name: str, optim: Optimizer) -> list[Optimizer]:
     """The instances of classes that have a method of this name."""
-    return [part for part in parts_of(optim) if inspect.isfunction(getattr(type(part), name, None))]
+    classes = parts_of(optim).items()
+    return [part for its, part in classes if inspect.isfunction(getattr(its, name, None))]

@@ -12,7 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shardopt import evaluation, update, validation
-from shardopt.algos import Algorithm, algorithms_for, class_name
+from shardopt.algos import Algorithm
+from shardopt.algos.registry import algorithms_for
 from shardopt.arrivals import Arrivals
 from shardopt.comm import Collectives, choose_collectives
 from shardopt.gradients import GradientMethods, Gradients, gradients_of
@@ -117,7 +118,7 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer, InnerMethods):
         self._snapshot = Snapshot(self._shard)
         self._arrivals = Arrivals(self._shard)
         self._gradients = self._make_gradients()
-        facts = {"the optimizer class": class_name(optimizer_class), **policies}
+        facts = {"the optimizer class": self._shard.class_of({}), **policies}
         self._build(self.param_groups, algorithms, facts)
         self._built = True
 
@@ -224,7 +225,7 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer, InnerMethods):
         self._arrivals.expect(update.gather(shard, buckets, present, gradients.of))
 
     def _check_step(self) -> None:
-        """Take parameters back that left their buckets; refuse gradients that cannot be cut."""
+        """Drop what was consolidated, which grows old; take parameters back; refuse gradients."""
         shard = self._shard
         self._snapshot.drop()
         shard.check_groups(self.param_groups)
@@ -251,9 +252,8 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer, InnerMethods):
     def overlap_forward(self, model: nn.Module) -> None:
         """Let the next forward, not ``step``, wait for the updated parameters, module by module.
 
-        Whoever takes a parameter out of ``model``, by name or by ``parameters()``, waits for it,
-        and so does the next ``step``. Only who holds a parameter since before ``step``
-        and looks at it before the next forward has to call ``wait()`` first.
+        Whoever takes a parameter out of ``model`` waits for it, and so does the next ``step``. Only
+        who holds one since before ``step`` and looks at it before that has to call ``wait()``.
 
         Args:
             model: the model, or a part of it; not a copy made by ``torch.compile``, which is

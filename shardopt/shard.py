@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from shardopt.algos import Algorithm, algorithm_for, class_name
-from shardopt.algos.mixture import CLASS, instance_of, joined
+from shardopt.algos import Algorithm, algorithm_for
+from shardopt.algos.mixture import CLASS, class_name, instance_of, joined
 from shardopt.buffers import ParameterBuffers, no_elements
 from shardopt.comm import Collectives
 from shardopt.errors import ParameterError, UnsupportedError

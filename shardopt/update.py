@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardopt.algos import SumsOverRanks
+from shardopt.algos.lbfgs import SumsOverRanks
 from shardopt.algos.mixture import step_without_hooks
 from shardopt.comm.collectives import Handle
 from shardopt.layout import Atom
@@ -169,6 +169,11 @@ def gather(
             handles[number] = shard.collectives.all_gather(buffers[number], borders)
     torch.autograd.graph.increment_version([shard.parameters[index] for index in changed])
     return handles
+
+
+def gather_everything(shard: Shard) -> dict[int, Handle]:
+    """Start to gather all buckets, any of whose parameters may have changed."""
+    return gather(shard, range(len(shard.layout.buckets)), range(len(shard.parameters)))
 
 
 def broadcast(shard: Shard, first: int) -> None:

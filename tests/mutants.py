@@ -27,7 +27,7 @@ OTHERS = (
     "wait",
     "wait_for",
 )
-EVALUATES = ("gather", "_gather_rows")
+EVALUATES = ("gather", "gather_everything", "_gather_rows")
 CALLEES = {*NOTHING, *MOVES, *REDUCES, *OTHERS, *EVALUATES, "send_tensors", "receive_tensors"}
 
 
@@ -156,6 +156,9 @@ def no_sum_rows(collectives, row):
 def no_gather(*args):
     """Parameters stay where they are: no handle by any bucket."""
     return {}
+
+
+no_gather_everything = no_gather
 
 
 def no__gather_rows(sums, row):

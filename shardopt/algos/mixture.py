@@ -79,8 +79,8 @@ def joined(known: Optimizer, fresh: Optimizer, options: Mapping[str, Any]) -> Op
     A parameter of a class that is known has no state before its first gradient, even where the
     constructor makes some (Adagrad): the class has been constructed without it, as in torch.
     """
-    classes = _parts_of(known)
-    for chosen, part in _parts_of(fresh).items():
+    classes = parts_of(known)
+    for chosen, part in parts_of(fresh).items():
         if chosen in classes:
             for parameter in (p for group in part.param_groups for p in group["params"]):
                 fresh.state.pop(parameter, None)
@@ -95,9 +95,9 @@ def joined(known: Optimizer, fresh: Optimizer, options: Mapping[str, Any]) -> Op
     return known
 
 
-def parts_of(optimizer: Optimizer) -> list[Optimizer]:
-    """The instances that a mixture is made of; any other optimizer alone."""
-    return list(optimizer._parts.values()) if isinstance(optimizer, Mixture) else [optimizer]
+def parts_of(optimizer: Optimizer) -> dict[type[Optimizer], Optimizer]:
+    """Class -> its instance in a mixture; any other optimizer is the only one of its own."""
+    return optimizer._parts if isinstance(optimizer, Mixture) else {type(optimizer): optimizer}
 
 
 def step_without_hooks(optimizer: Optimizer, *closure: Callable[[], Any]) -> Any:
@@ -158,19 +158,16 @@ class Mixture(MixedGroups):
 
     def absorb(self, other: Optimizer) -> None:
         """Take in the groups of another optimizer, and what it keeps for their parameters."""
-        if isinstance(other, Mixture):
-            parts, classes = other._parts, other._classes
-        else:
-            parts, classes = {type(other): other}, [type(other)] * len(other.param_groups)
+        alone = [type(other)] * len(other.param_groups)
+        self._classes += other._classes if isinstance(other, Mixture) else alone
         self.state.update(_unknown(other, self))
-        for chosen, part in parts.items():
+        for chosen, part in parts_of(other).items():
             known = self._parts.setdefault(chosen, part)
             if known is not part:
                 for group in part.param_groups:
                     known.add_param_group(group)
             known.state = self.state
         self.param_groups += other.param_groups
-        self._classes += classes
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of each class."""
@@ -206,11 +203,6 @@ def _construct(named: type[Optimizer], group: Group) -> Optimizer:
     """An instance over one group; the constructor gets the options that it knows, and sees them."""
     known = inspect.signature(named).parameters
     return named([group], **{k: v for k, v in group.items() if k in known and k != "params"})
-
-
-def _parts_of(optimizer: Optimizer) -> dict[type[Optimizer], Optimizer]:
-    """Class -> its instance."""
-    return optimizer._parts if isinstance(optimizer, Mixture) else {type(optimizer): optimizer}
 
 
 def _unknown(fresh: Optimizer, known: Optimizer) -> dict[Any, Any]:

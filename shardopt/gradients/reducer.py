@@ -28,7 +28,6 @@ from shardopt.guard import agree, digest
 from shardopt.policies import Guards
 from shardopt.shard import Shard
 
-_DENSE, _ROWS = 1, 2  # kinds of gradients
 _ALIKE = "set options, and call backward(), step() and clip_grad_norm_(), alike on every rank"
 
 
@@ -68,17 +67,18 @@ class Reducer(Gradients):
             said: what else the user said, on which ranks must agree.
         """
         known = self._known(norm_type)
-        if known and not self._has_more() and not self._rounds.changed():
+        has_more = self._rounds.has_more() or self._rows.has_more()
+        if known and not has_more and not self._rounds.changed():
             return known
         self._rounds.abandon(retries=False)
         reports, powers = self._exchange(norm_type, said)
         self._refuse_uneven(reports, norm_type, said)
         everything = False  # the first round may end one that is half-way on some ranks
-        while any(report.more for report in reports):
-            if any(report.more & _DENSE for report in reports):
+        while any(report.more or report.rows for report in reports):
+            if any(report.more for report in reports):
                 self._rounds.close(everything=everything)
                 everything = True
-            if any(report.more & _ROWS for report in reports):
+            if any(report.rows for report in reports):
                 self._rows.exchange()
             reports, powers = self._exchange(norm_type, said)
         self._rounds.follow_training()
@@ -167,10 +167,6 @@ class Reducer(Gradients):
         if self._settled is not None:
             self._settled = None, *self._settled[1:]
 
-    def _has_more(self) -> int:
-        """What kinds of gradients have come that the means do not know of."""
-        return _DENSE * self._rounds.has_more() | _ROWS * self._rows.has_more()
-
     def _means(self) -> list[Tensor]:
         """All that this rank has of the mean gradients."""
         return self._rounds.means.tensors() + self._rows.tensors()
@@ -193,7 +189,8 @@ class Reducer(Gradients):
             rounds=self._rounds.num_rounds,
             lost=self._rounds.num_lost,
             facts=digest({**self.facts(norm_type), **said, "trained": crc32(bytes(flags))}),
-            more=self._has_more(),
+            more=int(self._rounds.has_more()),
+            rows=int(self._rows.has_more()),
             missing=missing[0] + 1 if missing else 0,
             num_missing=len(missing),
             changed=self._rounds.changed(),

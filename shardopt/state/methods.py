@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch.optim import Optimizer
-
 from shardopt.algos.mixture import MixedGroups
 from shardopt.comm import Collectives
 from shardopt.guard import all_or_none
@@ -24,11 +22,6 @@ class StatefulOptimizer(MixedGroups):
     _snapshot: Snapshot
     _built = False  # torch's constructor adds the groups one by one before there are shards
     _packing = False  # ``state`` shows the full state while ``state_dict`` packs it
-
-    @property
-    def optim(self) -> Optimizer:
-        """The local optimizer over this rank's segments, for tools that look."""
-        return self._shard.optim
 
     @property
     def state(self) -> Any:

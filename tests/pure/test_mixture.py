@@ -7,8 +7,8 @@ import torch
 from torch.nn import Parameter
 from torch.optim import SGD, Adagrad, AdamW, Muon
 
-from shardopt.algos import algorithms_for
 from shardopt.algos.mixture import Mixture, class_name, instance_of, joined
+from shardopt.algos.registry import algorithms_for
 from tests.mixtures import (
     ADAMW,
     as_plain,

@@ -54,6 +54,16 @@ class Two:
         return self
 
 
+def step_all(ours, theirs, optimizers, steps):
+    """Steps of all on equal gradients of both."""
+    for step in range(steps):
+        for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            one.grad = random_gradient(one, 10 * step + index)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
 @on_ranks(1, 2, 3)
 @pytest.mark.parametrize("gradients", ["replicated", "local", "sharded"])
 def test_equals_the_classes_side_by_side(gradients, world_size, rank):
@@ -150,12 +160,7 @@ def test_three_classes_and_state_at_construction():
     ]
     before = optimizer.state_dict()["state"]
     assert_same(before, {2 + i: state for i, state in plain[2].state_dict()["state"].items()})
-    for step in range(3):
-        for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
-            one.grad = random_gradient(one, 10 * step + index)
-            other.grad = one.grad.clone()
-        for each in (optimizer, *plain):
-            each.step()
+    step_all(ours, theirs, [optimizer, *plain], 3)
     assert_same([p.detach() for p in ours], [p.detach() for p in theirs])
     optimizer.consolidate_state_dict(to=None)
     state = {}
@@ -293,12 +298,7 @@ def test_a_group_of_another_class_is_added_at_any_time(main, steps):
     optimizer = ShardedOptimizer(ours, main, lr=0.01, kernel="torch")
     plain = [main(theirs, lr=0.01)]
     for added in (None, Muon, Adagrad, None):
-        for step in range(steps):
-            for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
-                one.grad = random_gradient(one, 10 * step + index)
-                other.grad = one.grad.clone()
-            for each in (optimizer, *plain):
-                each.step()
+        step_all(ours, theirs, [optimizer, *plain], steps)
         assert_same([p.detach() for p in ours], [p.detach() for p in theirs])
         new, twins = random_parameters((50, 41), (9, 8)), random_parameters((50, 41), (9, 8))
         group = {"params": new}

@@ -123,7 +123,7 @@ def test_a_step_reduces_and_gathers_each_bucket_once_and_agrees_once(kind, clips
         names = [name for name, _ in collectives.calls[len(buckets) :] if step > 0]
         assert not names or names == ["all_gather_rows"] + ["all_gather"] * len(buckets)
     agreed = next(size for name, size in collectives.calls if name == "all_gather_rows")
-    assert agreed == 10 + 1, "a report has ten words, and one for up to 62 parameters"
+    assert agreed == 11 + 1, "a report has eleven words, and one for up to 62 parameters"
 
 
 @on_ranks(2, 3)

@@ -47,6 +47,7 @@ SEARCH_OTHER_OPTION = (
 SEARCH_OTHER_STATE = "test_lbfgs.py::test_state_that_differs_between_ranks_is_never_saved"
 NO_CLOSURE = "test_lbfgs.py::test_a_closure_that_one_rank_lacks_is_missed_on_all"
 FAILING_CLOSURE = "test_lbfgs.py::test_a_closure_that_fails_on_one_rank_fails_on_all"
+LAST_MOVE = "test_lbfgs.py::test_a_network_on_unequal_parts_of_the_data"
 LOSS = "test_lbfgs.py::test_the_loss_is_averaged_and_keeps_its_type"
 
 GRADIENTS = "test_waits.py::test_gradients_wait_for_what_they_use"
@@ -92,6 +93,7 @@ KILLERS = {
     "comm/transfer.py::send_tensors": PACKED,
     "evaluation.py": SEARCH,
     "evaluation.py::search::agree": SEARCH_OTHER_OPTION,
+    "evaluation.py::search::gather": LAST_MOVE,
     "evaluation.py::search::all_or_none": NO_CLOSURE,
     "evaluation.py::search::wait": SEARCH_AGAIN,
     "evaluation.py::Evaluation.__call__::wait": SEARCH_AGAIN,
@@ -108,7 +110,7 @@ KILLERS = {
     "guard.py::agree_on_gradients": OTHER_GRADIENT,
     "guard.py::_agree_on_tensors": OTHER_VALUE,
     "inner.py::InnerMethods._call::wait": METHOD,
-    "inner.py::InnerMethods._call::gather": METHOD,
+    "inner.py::InnerMethods._call::gather_everything": METHOD,
     "inner.py::InnerMethods._call::agree": OTHER_METHOD,
     "inner.py::InnerMethods._call::all_or_none": FAILED_METHOD,
     "optimizer.py::ShardedOptimizer.__init__": REFUSED,
@@ -142,6 +144,7 @@ KILLERS = {
     "state/snapshot.py": OTHER_TARGET,
     "state/snapshot.py::Snapshot.take::agree#2": OTHER_OPTION,
     "update.py": WAITS,
+    "update.py::gather_everything": SEARCH,
     "update.py::broadcast": GRADIENTS,
 }
 
