@@ -160,8 +160,9 @@ def test_rows_of_tables_wait_for_what_they_use(kind, rank, world_size):
     )
     twin = SparseAdam(tables[1].parameters())
 
-    def look_up(table, step, one):
-        return (table(torch.tensor([one, 30 + step, 59 - one])) * (1 + one)).sum()
+    def look_up(table, step, one):  # each rank a row more than the one before
+        rows = [*range(one + 1), 30 + step, 59 - one]
+        return (table(torch.tensor(rows)) * (1 + one)).sum()
 
     for step in range(3):
         look_up(tables[0], step, rank).backward()
