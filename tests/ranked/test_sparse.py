@@ -96,6 +96,23 @@ def test_each_rank_updates_its_rows_of_the_mean(kind, rank, world_size):
             torch.testing.assert_close(ours["state"][index][name], state[name])
 
 
+@on_ranks(2, 3)
+@every_kind
+def test_means_are_summed_in_rank_order(kind, rank, world_size):
+    ours, theirs = Parameter(torch.ones(40, 8)), Parameter(torch.ones(40, 8))
+    optimizer = ShardedOptimizer([ours], SparseAdam, gradients=kind, lr=0.1)
+    plain = SparseAdam([theirs], lr=0.1)
+    brought = [random(40, 8, seed=3, rank=one) for one in range(world_size)]
+    ours.grad = brought[rank].to_sparse(1)
+    total = brought[0]
+    for other in brought[1:]:
+        total = total + other
+    theirs.grad = (total / world_size).to_sparse(1)
+    optimizer.step()
+    plain.step()
+    assert_same(ours.detach(), theirs.detach())
+
+
 @on_ranks(1, 2, 3)
 @every_kind
 def test_passes_add_up_and_no_sync_waits(kind, rank, world_size):
