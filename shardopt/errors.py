@@ -7,6 +7,10 @@
     ├── AgreementError       (RuntimeError)  ranks differ where they must not; raised on every rank
     ├── GradientError        (RuntimeError)  a gradient is missing, not finite, or changed too late
     ├── ParameterError       (RuntimeError)  a parameter left its bucket and cannot be taken back
+    ├── CheckpointError      (RuntimeError)  a checkpoint cannot be written, or not be read
+    │   ├── CorruptError                     what lies there is not what was written
+    │   ├── IncompleteError                  a part of it is not there
+    │   └── MismatchError    (ValueError)    it is whole, and of another model or optimizer
     └── StaleStateError      (RuntimeError)  the full state is asked for and is spread over ranks
 
 Bad arguments of the optimizer class itself raise what the class raises (``ValueError``,
@@ -44,3 +48,22 @@ class ParameterError(ShardoptError, RuntimeError):
 
 class StaleStateError(ShardoptError, RuntimeError):
     """``state_dict()`` needs all shards and no fresh consolidated copy is at hand."""
+
+
+class CheckpointError(ShardoptError, RuntimeError):
+    """A checkpoint cannot be written, or not be read; the message names file and tensor."""
+
+
+class CorruptError(CheckpointError):
+    """A checkpoint is not what was written: a checksum, a size or a name differs."""
+
+
+class IncompleteError(CheckpointError):
+    """A checkpoint, or a file of one, is not there."""
+
+
+class MismatchError(CheckpointError, ValueError):
+    """A checkpoint is whole and does not fit: something is missing, too much, or of another kind.
+
+    The message names what differs, and both sides.
+    """

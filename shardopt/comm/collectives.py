@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from ctypes import string_at
 from typing import Protocol
 
 import torch
@@ -91,6 +92,10 @@ class Collectives(ABC):
         """The ranks that hold the same shard, on a 2-D mesh."""
         return None
 
+    def aside(self, use: str) -> Collectives:
+        """The same ranks on a channel for what goes on beside all else. Collective."""
+        return self
+
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A zeroed 1-D buffer of ``numel`` elements that this object can move without a copy."""
         return torch.zeros(numel, dtype=dtype, device=device)
@@ -162,7 +167,7 @@ def gather_texts(collectives: Collectives, text: bytes) -> list[bytes]:
         torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else padded[:0]
     )
     rows = collectives.all_gather_rows(padded)
-    return [bytes(row[:length].tolist()) for row, length in zip(rows, lengths, strict=True)]
+    return [string_at(row.data_ptr(), size) for row, size in zip(rows, lengths, strict=True)]
 
 
 def broadcast_text(collectives: Collectives, text: bytes, source: int) -> bytes:
@@ -174,4 +179,5 @@ def broadcast_text(collectives: Collectives, text: bytes, source: int) -> bytes:
         data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
     data = data.to(collectives.wire_device)
     collectives.broadcast(data, source).wait()
-    return bytes(data.tolist())
+    data = data.cpu()
+    return string_at(data.data_ptr(), data.numel())

@@ -55,6 +55,10 @@ class MeshCollectives(Collectives):
         """See the base class."""
         return self._replicate
 
+    def aside(self, use: str) -> MeshCollectives:
+        """See the base class."""
+        return MeshCollectives(self._shard.aside(use), self._replicate.aside(use))
+
     def all_gather(self, bucket: Tensor, borders: Sequence[int]) -> Handle:
         """See the base class."""
         return self._shard.all_gather(bucket, borders)

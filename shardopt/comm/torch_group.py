@@ -38,6 +38,7 @@ class TorchCollectives(Collectives):
             used: the collectives run on a second group over the same ranks, made once for each
             ``process_group`` and time limit, so that they never pair with anyone else's.
         timeout: how long one communication may take before it raises.
+        use: what for; for another use there is another channel.
 
     Raises:
         ValueError: this rank is not in ``process_group``.
@@ -48,6 +49,7 @@ class TorchCollectives(Collectives):
         process_group: dist.ProcessGroup | None = None,
         *,
         timeout: timedelta = DEFAULT_TIMEOUT,
+        use: str = "shardopt",
     ):
         parent = dist.group.WORLD if process_group is None else process_group
         if not isinstance(parent, dist.ProcessGroup):
@@ -59,12 +61,13 @@ class TorchCollectives(Collectives):
             pair.split(":") for pair in dist.get_backend_config(parent).split(",")
         )  # device type -> backend
         backend = dist.get_backend_config(parent)
-        self._group = _own_group(parent, timeout, str(backend))
+        self._parent, self._timeout = parent, timeout
+        self._group = _own_group(parent, timeout, str(backend), f"{use} buckets")
         # Small messages pass buckets by, and on a GPU they do not wait for it.
         self._messages, self._message_device = self._group, _wire_device(self._backends)
         if dist.is_gloo_available():
             self._message_device = torch.device("cpu")
-            self._messages = _own_group(parent, timeout, "gloo", "messages")
+            self._messages = _own_group(parent, timeout, "gloo", f"{use} messages")
         self.rank = dist.get_rank(self._group)
         self.world_size = dist.get_world_size(self._group)
         self.wire_device = _wire_device(self._backends)
@@ -74,6 +77,10 @@ class TorchCollectives(Collectives):
     def channel(self) -> object:
         """Optimizers over the same ranks share a group."""
         return self._group
+
+    def aside(self, use: str) -> TorchCollectives:
+        """See the base class."""
+        return TorchCollectives(self._parent, timeout=self._timeout, use=f"shardopt {use}")
 
     def all_gather(self, bucket: Tensor, borders: Sequence[int]) -> Handle:
         """See the base class."""
@@ -196,11 +203,11 @@ def _let_go() -> None:
     active exception").
     """
     for holder in _HOLDERS:
-        del holder._group, holder._messages
+        del holder._parent, holder._group, holder._messages
 
 
 def _own_group(
-    parent: dist.ProcessGroup, timeout: timedelta, backend: str, use: str = "buckets"
+    parent: dist.ProcessGroup, timeout: timedelta, backend: str, use: str
 ) -> dist.ProcessGroup:
     """Another group over ``parent``'s ranks; one for all optimizers over the same ranks.
 
@@ -218,7 +225,7 @@ def _own_group(
             timeout=timeout,
             backend=backend,
             use_local_synchronization=not everyone,
-            group_desc=f"shardopt {use}",
+            group_desc=use,
         )
     return group
 

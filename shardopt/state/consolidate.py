@@ -53,7 +53,7 @@ def _exchange_outlines(shard: Shard, mine: Mapping[Any, State]) -> list[dict[Any
     with all_or_none(shard.collectives):  # whatever a third-party class keeps
         for key, state in mine.items():
             _check_sendable(state)
-            _check_declared(shard, key, state)
+            check_declared(shard, key, state)
         text = pickle.dumps(tree_map_only(Tensor, TensorSpec.of, dict(mine)))
     outlines = [pickle.loads(rank) for rank in gather_texts(shard.collectives.shard_axis, text)]
     _check_whole(shard, outlines)
@@ -86,7 +86,7 @@ def _check_sendable(state: State) -> None:
             )
 
 
-def _check_declared(shard: Shard, key: Any, state: State) -> None:
+def check_declared(shard: Shard, key: Any, state: State) -> None:
     """Refuse state of a cut parameter that has its part's size and was not declared per element."""
     if key not in shard.segments or shard.segments[key][0].whole:
         return

@@ -53,18 +53,18 @@ def _send_parts(shard: Shard, state: State, target: int) -> None:
     for name in state:
         if name in shard.flat:
             for part in tree_flatten(state[name])[0]:
-                pieces = [part[here] for _, here in _spans(shard, shard.collectives.rank)]
+                pieces = [part[here] for _, here in spans_of(shard, shard.collectives.rank)]
                 send_tensors(shard.collectives, pieces, target).wait()
 
 
 def _receive_full(shard: Shard, state: State) -> State:
     def put_together(part: Tensor) -> Tensor:
-        whole = torch.empty(_starts(shard)[-1], dtype=part.dtype, device="cpu")
+        whole = torch.empty(vector_starts(shard)[-1], dtype=part.dtype, device="cpu")
         under_way = []
         for rank in range(shard.collectives.world_size):
-            pieces = [whole[there] for there, _ in _spans(shard, rank)]
+            pieces = [whole[there] for there, _ in spans_of(shard, rank)]
             if rank == shard.collectives.rank:
-                for piece, (_, here) in zip(pieces, _spans(shard, rank), strict=True):
+                for piece, (_, here) in zip(pieces, spans_of(shard, rank), strict=True):
                     piece.copy_(part[here])
             else:
                 under_way.append(receive_tensors(shard.collectives, pieces, rank))
@@ -91,7 +91,7 @@ def check_flat(shard: Shard, index: int, state: State) -> None:
             f"parameter, as {name_of} has it; the state was saved by another class"
         )
     for name, value in state.items():
-        expected = (_starts(shard)[-1],) if name in shard.flat else ()
+        expected = (vector_starts(shard)[-1],) if name in shard.flat else ()
         for tensor in tree_flatten(value)[0]:
             if not isinstance(tensor, Tensor) or tensor.shape == expected:
                 continue
@@ -122,14 +122,16 @@ def scatter_flat(shard: Shard, value: Any, source: int) -> Any:
     def share(whole: Tensor | TensorSpec) -> Tensor:
         if isinstance(whole, Tensor):
             handles = [
-                send_tensors(collectives, [whole[there] for there, _ in _spans(shard, rank)], rank)
+                send_tensors(
+                    collectives, [whole[there] for there, _ in spans_of(shard, rank)], rank
+                )
                 for rank in range(collectives.world_size)
                 if rank != source
             ]
             for handle in handles:
                 handle.wait()
             return _part(shard, whole, source)
-        spans = list(_spans(shard, collectives.rank))
+        spans = list(spans_of(shard, collectives.rank))
         numel = spans[-1][1].stop if spans else 0
         part = torch.empty(numel, dtype=whole.dtype, device="cpu")
         receive_tensors(collectives, [part[here] for _, here in spans], source).wait()
@@ -139,11 +141,11 @@ def scatter_flat(shard: Shard, value: Any, source: int) -> Any:
 
 
 def _part(shard: Shard, whole: Tensor, rank: int) -> Tensor:
-    pieces = [whole[there] for there, _ in _spans(shard, rank)]
+    pieces = [whole[there] for there, _ in spans_of(shard, rank)]
     return torch.cat(pieces) if pieces else whole.new_empty(0)
 
 
-def _starts(shard: Shard) -> list[int]:
+def vector_starts(shard: Shard) -> list[int]:
     """Where each parameter begins in a whole vector, and where the last one ends."""
     sizes = [_width(spec.dtype) * spec.numel for spec in shard.layout.parameters]
     return list(accumulate(sizes, initial=0))
@@ -153,9 +155,9 @@ def _width(dtype: torch.dtype) -> int:
     return 2 if dtype.is_complex else 1
 
 
-def _spans(shard: Shard, rank: int) -> Iterator[Span]:
+def spans_of(shard: Shard, rank: int) -> Iterator[Span]:
     """Which stretches of a whole vector a rank has, and where they lie in its part."""
-    starts, layout = _starts(shard), shard.layout
+    starts, layout = vector_starts(shard), shard.layout
     segments = [segment for bucket in layout.buckets for segment in bucket.segments(rank)]
     low = high = length = 0  # the stretch so far, and what lies before it in the part
     for segment in sorted(segments, key=lambda segment: segment.parameter):

@@ -36,7 +36,10 @@ def load(shard: Shard, groups: Sequence[Group], saved: Any, source: int | None) 
     check_rank("from_", source, collectives.world_size)
     with all_or_none(collectives):
         if brings:
-            _check(shard, groups, saved)
+            check_groups(shard, groups, saved)
+            for index, state in _by_index(shard, groups, saved).items():
+                if _is_index(shard, index):
+                    check_state(shard, index, state)
     if source is None:
         agree(collectives, _facts(saved), "load the same file on every rank, or pass from_=0")
     if source is None or collectives.world_size == 1:
@@ -45,7 +48,17 @@ def load(shard: Shard, groups: Sequence[Group], saved: Any, source: int | None) 
         local = _cut_all(shard, full, held)
     else:
         options, local = _scatter(shard, groups, saved, source)
-    with all_or_none(collectives):
+    take_in(shard, groups, options, local)
+
+
+def take_in(
+    shard: Shard, groups: Sequence[Group], options: list[Group], local: dict[Any, State]
+) -> None:
+    """Let the class load this rank's part of a state, and ``groups`` take the options. Collective.
+
+    ``local`` is by parameter index, or by the class's own keys.
+    """
+    with all_or_none(shard.collectives):
         _load_into_class(shard, options, local)
     for group, saved_group, new in zip(
         groups, options, shard.options_after_load(options), strict=True
@@ -73,8 +86,8 @@ def _at_a_glance(tensor: Tensor) -> Tensor | str:
     return tensor if tensor.numel() == 1 else f"{tensor.dtype} {tuple(tensor.shape)}"
 
 
-def _check(shard: Shard, groups: Sequence[Group], saved: Any) -> None:
-    """Refuse what does not fit, in torch's words where torch refuses it too."""
+def check_groups(shard: Shard, groups: Sequence[Group], saved: Any) -> None:
+    """Refuse groups that do not fit, in torch's words where torch refuses them too."""
     if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= set(saved):
         raise TypeError(
             f"expected a state_dict with 'state' and 'param_groups', got {type(saved).__name__}; "
@@ -97,9 +110,11 @@ def _check(shard: Shard, groups: Sequence[Group], saved: Any) -> None:
                 f"optimizer_class of group {number}: expected {shard.class_of(group)}, got "
                 f"{shard.class_of(other)}; the state was saved by another class"
             )
-    for index, state in _by_index(shard, groups, saved).items():
-        if _is_index(shard, index):
-            (check_flat if shard.flat else _check_shapes)(shard, index, state)
+
+
+def check_state(shard: Shard, index: int, state: State) -> None:
+    """Refuse the state of a parameter that has another shape."""
+    (check_flat if shard.flat else _check_shapes)(shard, index, state)
 
 
 def _check_shapes(shard: Shard, index: int, state: State) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
-from shardopt.algos.mixture import MixedGroups
+from shardopt.algos.mixture import MixedGroups, parts_of
 from shardopt.comm import Collectives
 from shardopt.guard import all_or_none
 from shardopt.local_state import LocalState
-from shardopt.shard import Shard
-from shardopt.state.load import load
+from shardopt.shard import Group, Shard
+from shardopt.state.load import load, take_in
 from shardopt.state.snapshot import Snapshot
 
 
@@ -83,6 +84,29 @@ class StatefulOptimizer(MixedGroups):
                     changed = pre_hook(self, state_dict)
                     state_dict = state_dict if changed is None else changed
         load(self._shard, self.param_groups, state_dict, from_)
+        self._loaded()
+
+    def _take_in(self, options: list[Group], local: dict[Any, Any]) -> None:
+        """Load this rank's part of a state, by parameter index. Collective."""
+        take_in(self._shard, self.param_groups, options, local)
+        self._loaded()
+
+    def _remember(self) -> Callable[[], None]:
+        """A function that puts state and options back to what they are now, after a load."""
+        inner = [self._shard.optim, *parts_of(self._shard.optim).values()]
+        before = [(optim, optim.state, optim.param_groups) for optim in inner]
+        groups = [(group, dict(group)) for group in self.param_groups]
+
+        def put_back() -> None:
+            for optim, state, inner_groups in before:
+                optim.state, optim.param_groups = state, inner_groups
+            for group, options in groups:
+                group.clear()
+                group.update(options)
+
+        return put_back
+
+    def _loaded(self) -> None:
         self._snapshot.drop()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

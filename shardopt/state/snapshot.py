@@ -51,13 +51,7 @@ class Snapshot:
     def take(self, to: int | None, groups: Sequence[Group]) -> None:
         """Put the full state together on rank ``to``, or on every rank. Collective."""
         collectives, parameters = self._shard.collectives, self._shard.parameters
-        facts = {"consolidate_state_dict(to=)": to, "the number of steps and loads": self._changes}
-        agree(collectives, facts, "call it alike on every rank, after the same step")
-        remedy = (
-            "set options alike on every rank; a class that makes options out of all its parameters "
-            "cannot be sharded"
-        )
-        agree(collectives, option_facts(groups), remedy)
+        self.agree({"consolidate_state_dict(to=)": to}, groups)
         check_rank("to", to, collectives.world_size)
         if collectives.world_size > 1:
             full = consolidate(self._shard, to)
@@ -65,6 +59,17 @@ class Snapshot:
                 parameters[key] if isinstance(key, int) else key: state
                 for key, state in full.items()
             }
+
+    def agree(self, facts: Mapping[str, object], groups: Sequence[Group]) -> None:
+        """Raise on every rank unless all save alike: ``facts``, steps, options. Collective."""
+        collectives = self._shard.collectives
+        facts = {**facts, "the number of steps and loads": self._changes}
+        agree(collectives, facts, "call it alike on every rank, after the same step")
+        remedy = (
+            "set options alike on every rank; a class that makes options out of all its parameters "
+            "cannot be sharded"
+        )
+        agree(collectives, option_facts(groups), remedy)
 
     def full(self, groups: Sequence[Group]) -> Mapping[Any, State]:
         """Parameter -> full state, for a ``state_dict`` of ``groups``."""

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from shardopt import ShardedOptimizer
+from shardopt.checkpoint import async_save, load, save
 from tests.each_rank import KINDS, batch, mean_gradients
 from tests.ranks import on_ranks
 from tests.twins import SMALL_BUCKETS, assert_same, make_model
@@ -150,3 +151,27 @@ def test_gradients_produced_on_several_streams(kind, device):
         torch.stack([parameter.square().sum() for parameter in theirs]).sum().backward()
         twin.step()
     assert_same([p.detach() for p in ours], [p.detach() for p in theirs])
+
+
+@on_ranks(1, 2, device="cuda")
+@pytest.mark.parametrize("how", [save, async_save])
+def test_a_checkpoint_holds_what_was_on_the_gpu(how, device, tmp_path):
+    models = [make_model(seed).to(device) for seed in (0, 0, 1)]
+    saved, kept, loaded = ([*model.named_parameters()] for model in models)
+    optimizers = [
+        ShardedOptimizer(named, AdamW, kernel="torch", bucket_cap_mb=SMALL_BUCKETS)
+        for named in (saved, kept, loaded)
+    ]
+    for optimizer, named in zip(optimizers[:2], (saved, kept), strict=True):
+        give_gradients([parameter for _, parameter in named], seed=0)
+        optimizer.step()
+    written = how(tmp_path, step=1, model=models[0], optimizer=optimizers[0])
+    give_gradients([parameter for _, parameter in saved], seed=1)
+    optimizers[0].step()  # after the call: not what was saved
+    if how is async_save:
+        written.result()
+    load(tmp_path, model=models[2], optimizer=optimizers[2])
+    assert_same([p.detach() for _, p in loaded], [p.detach() for _, p in kept])
+    for optimizer in optimizers[1:]:
+        optimizer.consolidate_state_dict(to=None)
+    assert_same(optimizers[2].state_dict()["state"], optimizers[1].state_dict()["state"])

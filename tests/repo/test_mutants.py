@@ -66,6 +66,26 @@ MESH_STATE = "test_mesh.py::test_state_is_put_together_in_every_replica_and_load
 MESH_START = "test_mesh.py::test_parameters_start_as_those_of_the_first_rank"
 MESH_NAMES = "test_mesh.py::test_what_one_rank_does_is_named_in_every_replica"
 MESH_SUMS = "test_mesh.py::test_many_ranks_agree_by_sums_over_both_axes"
+RESUMED = "test_checkpoint_contents.py::test_a_run_goes_on_as_if_undisturbed"
+UNKEPT = "test_checkpoint_contents.py::test_what_cannot_be_kept_is_refused_by_its_place"
+OTHER_SAVE = "test_checkpoint_agreement.py::test_ranks_that_save_differently_are_told"
+OTHER_LOAD = "test_checkpoint_agreement.py::test_ranks_that_load_differently_are_told"
+OTHER_DISK = "test_checkpoint_agreement.py::test_ranks_that_see_different_files_are_told"
+BAD_SCHEDULE = (
+    "test_checkpoint_agreement.py::test_schedulers_that_differ_or_fail_on_one_rank_are_told"
+)
+UNVERIFIED = "test_checkpoint_agreement.py::test_where_no_step_verifies_every_rank_is_told"
+UNOPENED = "test_checkpoint_agreement.py::test_a_checkpoint_that_one_rank_cannot_open"
+UNREAD = (
+    "test_checkpoint_agreement.py::test_a_checkpoint_that_one_rank_cannot_read_is_loaded_by_none"
+)
+UNLOADED = (
+    "test_checkpoint_agreement.py::test_what_user_code_refuses_on_one_rank_changes_nothing_else"
+)
+FIRST_RANK = "test_checkpoint_faults.py::test_every_part_of_the_first_rank_may_fail"
+FULL_DISK = "test_checkpoint_faults.py::test_a_file_that_cannot_grow"
+IN_FLIGHT = "test_checkpoint_async.py::test_its_error_is_raised_on_every_rank_at_the_next_call"
+SAVED_LATE = "test_checkpoint_async.py::test_a_save_waits_for_parameters_on_their_way"
 SUMS = "test_traffic.py::test_many_ranks_agree_by_one_sum_and_nothing_else"
 ON_FOUR_RANKS = (SUBGROUPS, MESH, MESH_STATE, MESH_START, MESH_NAMES, MESH_SUMS)
 
@@ -75,6 +95,23 @@ KILLERS = {
     "arrivals.py": LOOKS,
     "arrivals.py::Arrivals.expect": WAITS,
     "arrivals.py::Arrivals.__del__": DROPPED,
+    "checkpoint/job.py::Job.__init__": OTHER_SAVE,
+    "checkpoint/job.py::Job.collect::agree": OTHER_SAVE,
+    "checkpoint/job.py::Job.collect::all_or_none": BAD_SCHEDULE,
+    "checkpoint/job.py::Job.collect::all_or_none#2": UNKEPT,
+    "checkpoint/job.py::Job.collect::wait": SAVED_LATE,
+    "checkpoint/job.py::Job.write::all_or_none": FIRST_RANK,
+    "checkpoint/job.py::Job.write::all_or_none#2": FULL_DISK,
+    "checkpoint/job.py::Job.write::gather_texts": RESUMED,
+    "checkpoint/restoring.py::_agree_on_path::agree": OTHER_LOAD,
+    "checkpoint/restoring.py::_agree_on_path::all_or_none": UNVERIFIED,
+    "checkpoint/restoring.py::_agree_on_path::gather_texts": RESUMED,
+    "checkpoint/restoring.py::load::agree": OTHER_DISK,
+    "checkpoint/restoring.py::load::all_or_none": UNOPENED,
+    "checkpoint/restoring.py::load::all_or_none#2": UNREAD,
+    "checkpoint/restoring.py::load::all_or_none#3": UNLOADED,
+    "checkpoint/restoring.py::load::all_or_none#4": UNLOADED,
+    "checkpoint/saving.py": IN_FLIGHT,
     "comm/collectives.py": WAITS,
     "comm/collectives.py::gather_texts": TEXTS,
     "comm/mesh.py": MESH,
@@ -138,11 +175,11 @@ KILLERS = {
     "state/load.py": WAITS,
     "state/load.py::load::agree": OTHER_STATE,
     "state/load.py::load::all_or_none": MISFIT,
-    "state/load.py::load::all_or_none#2": CLASS_LOAD,
+    "state/load.py::take_in::all_or_none": CLASS_LOAD,
     "state/load.py::_scatter::all_or_none": UNSENDABLE,
     "state/methods.py": HOOK,
     "state/snapshot.py": OTHER_TARGET,
-    "state/snapshot.py::Snapshot.take::agree#2": OTHER_OPTION,
+    "state/snapshot.py::Snapshot.agree::agree#2": OTHER_OPTION,
     "update.py": WAITS,
     "update.py::gather_everything": SEARCH,
     "update.py::broadcast": GRADIENTS,

@@ -1,8 +1,8 @@
 """The public surface is what ``__all__`` says: importable, documented, and it needs only torch."""
 
 import ast
-import inspect
 import re
+import subprocess
 import sys
 
 import pytest
@@ -13,14 +13,42 @@ from tests.repo.source import PACKAGE, ROOT, modules
 ALLOWED = {*sys.stdlib_module_names, "torch", "shardopt"}
 
 
+def names_for_type_checkers() -> set[str]:
+    """What ``__init__.py`` imports for those who only read it."""
+    (block,) = (node for node in INIT.body if isinstance(node, ast.If))
+    return {alias.asname or alias.name for node in block.body for alias in node.names}
+
+
+INIT = ast.parse((PACKAGE / "__init__.py").read_text())
+
+
 def test_all_is_what_can_be_imported():
-    public = {
-        name
-        for name, value in vars(shardopt).items()
-        if not name.startswith("_") and not inspect.ismodule(value)
-    }
     assert len(set(shardopt.__all__)) == len(shardopt.__all__) > 0
-    assert public - set(shardopt.__all__) == set(), "imported there, but not in __all__"
+    assert names_for_type_checkers() == set(shardopt.__all__) - {"__version__"}
+    assert set(shardopt.__all__) <= set(dir(shardopt))
+
+
+def test_a_star_brings_all_of_it():
+    names: dict[str, object] = {}
+    exec("from shardopt import *", names)
+    assert set(names) - {"__builtins__"} == set(shardopt.__all__)
+
+
+def test_a_part_that_is_no_public_name_is_found_as_well():
+    assert shardopt.comm.SoloCollectives is not None
+    with pytest.raises(AttributeError, match="module 'shardopt' has no attribute 'nonsense'"):
+        shardopt.nonsense  # noqa: B018
+
+
+def test_torch_is_imported_with_the_first_name_that_needs_it():
+    lines = (
+        "import sys, shardopt, shardopt.checkpoint, shardopt.cli",
+        "shardopt.errors.CorruptError, shardopt.Guards",
+        "assert 'torch' not in sys.modules",
+        "shardopt.ShardedOptimizer",
+        "assert 'torch' in sys.modules",
+    )
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("name", [name for name in shardopt.__all__ if name != "__version__"])

@@ -1,0 +1,98 @@
+"""Tensors that are in memory, or mapped into it, read as if they lay in a checkpoint."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from shardopt.checkpoint.boxes import Box
+from shardopt.checkpoint.foreign.archive import memory_order
+from shardopt.checkpoint.manifest import ITEMSIZE, TensorEntry
+from shardopt.checkpoint.plain import TensorKey
+from shardopt.errors import UnsupportedError
+
+
+class LooseTensors:
+    """Tensors by key, whose parts are copied out of memory.
+
+    Args:
+        where: the file they are from, for errors.
+        tensors: key -> entry, to which they are added.
+    """
+
+    def __init__(self, where: str, tensors: dict[str, TensorEntry] | None = None):
+        self._entries = {} if tensors is None else tensors
+        self.tensors: Mapping[str, TensorEntry] = self._entries
+        self._where = where
+        self._held: dict[str, Tensor] = {}
+
+    def taken(self, value: Any, key: str) -> Any:
+        """The value with a ``TensorKey`` in place of each tensor, which is kept here.
+
+        Args:
+            key: of the value; what lies within it gets its path there, joined by dots.
+
+        Raises:
+            UnsupportedError: a tensor whose elements are not plain numbers in memory.
+        """
+        if isinstance(value, Tensor):
+            return self._add(value, key)
+        prefix = f"{key}." if key else ""
+        if isinstance(value, dict) and not isinstance(value, Counter):
+            return type(value)(
+                (name, self.taken(item, f"{prefix}{name}")) for name, item in value.items()
+            )
+        if type(value) in (list, tuple):
+            return type(value)(
+                self.taken(item, f"{prefix}{place}") for place, item in enumerate(value)
+            )
+        return value
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._held
+
+    def read(self, key: str, box: Box, out: memoryview) -> None:
+        """Fill ``out`` with a box's elements, end to end in the tensor's memory order."""
+        if not box.numel:
+            return
+        entry, tensor = self.tensors[key], self._held[key]
+        order = entry.order or tuple(range(len(entry.shape)))
+        sizes = box.permuted(order).sizes
+        target = torch.frombuffer(out, dtype=torch.uint8).view(tensor.dtype).view(sizes)
+        target.copy_(part_of(tensor, box).permute(order))
+
+    def close(self) -> None:
+        """Let go of all tensors."""
+        self._held.clear()
+
+    def _add(self, value: Tensor, key: str) -> TensorKey:
+        dtype = str(value.dtype).removeprefix("torch.")
+        plain = type(value) in (Tensor, Parameter) and value.layout == torch.strided
+        if not plain or dtype not in ITEMSIZE or value.device.type != "cpu":
+            raise UnsupportedError(
+                f"{self._where}: tensor {key!r}: expected a dense tensor in memory, of a dtype "
+                f"that shardopt knows, got {type(value).__name__} of {value.dtype}, "
+                f"{value.layout}, on {value.device}: save it as a plain tensor"
+            )
+        tensor = value.detach()
+        while key in self._entries:
+            key += "'"
+        try:
+            order = memory_order(tensor.shape, tensor.stride())
+        except ValueError:  # parts are copied element by element anyway
+            order = None
+        self._entries[key] = TensorEntry(dtype, tuple(tensor.shape), order)
+        self._held[key] = tensor
+        return TensorKey(key)
+
+
+def part_of(tensor: Tensor, box: Box) -> Tensor:
+    """A box of a tensor, as a view."""
+    for dim, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
+        tensor = tensor.narrow(dim, offset, size)
+    return tensor

@@ -1,0 +1,253 @@
+"""One save: what each rank writes, what the first one makes of it, and how it ends.
+
+::
+
+    every rank   contents -> step-N.tmp-run/__r_0.distcp, flushed to the disk
+    gather       what each rank has written, with checksums, or its error
+    first rank   values.distcp, .metadata, manifest.json -> rename to step-N -> older steps go
+
+What fails on one rank fails on all, and leaves nothing of this step.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import uuid
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardopt.checkpoint.contents import Contents, contents_of
+from shardopt.checkpoint.dcp_metadata import VALUES, dcp_files
+from shardopt.checkpoint.manifest import (
+    NAME,
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    file_header,
+    tensor_from_json,
+    tensor_to_json,
+)
+from shardopt.checkpoint.plain import decode
+from shardopt.checkpoint.steps import NewStep, write_synced
+from shardopt.checkpoint.writer import write_pieces
+from shardopt.comm import Collectives, choose_collectives
+from shardopt.comm.collectives import gather_texts
+from shardopt.errors import CheckpointError
+from shardopt.guard import agree, all_or_none
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """No search for cycles meanwhile, where many objects are made that soon go together.
+
+    They would set off searches through all objects of the process, torch's own among them, which
+    take longer than the rest of a save of small tensors.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class Job:
+    """One save: where to, and among which ranks."""
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        step: int,
+        keep: int | None,
+        collectives: Collectives,
+        call: str,
+    ):
+        self.collectives, self._call = collectives, call
+        with all_or_none(self.collectives):
+            _check_numbers(step, keep)
+            self._path = Path(directory).absolute()
+        self._step, self._keep = step, keep
+        self._is_first = self.collectives.rank == self.collectives.replica == 0
+        self._facts = {"torch": str(torch.__version__)}
+
+    def collect(self, model: Any, optimizer: Any, scheduler: Any, extra: Any) -> Contents:
+        """What this rank is to write, after ranks have agreed that they save the same."""
+        facts: dict[str, object] = {
+            "checkpoint directory": str(self._path),
+            "checkpoint step": self._step,
+            "checkpoint keep": self._keep,
+            "the call": self._call,
+            "what is saved": given(model, optimizer, scheduler),
+        }
+        with all_or_none(self.collectives):
+            check_parts(model, scheduler)
+            if scheduler is not None:
+                facts["the scheduler's state"] = scheduler.state_dict()
+        if optimizer is None:
+            agree(self.collectives, facts, "save alike on every rank")
+        else:
+            optimizer.wait()
+            optimizer._snapshot.agree(facts, optimizer.param_groups)
+            self._facts["optimizer_class"] = optimizer._shard.class_of({})
+        if scheduler is not None:
+            self._facts["scheduler_class"] = class_of(scheduler)
+        with all_or_none(self.collectives):
+            contents = contents_of(self.collectives, model, optimizer, scheduler, extra)
+        return contents
+
+    def write(self, contents: Contents, collectives: Collectives) -> Path:
+        """Write, gather what was written, commit."""
+        run = gather_texts(collectives, uuid.uuid4().hex.encode())[0].decode()
+        new, number = NewStep(self._path, self._step, run), collectives.rank
+        try:
+            with all_or_none(collectives):
+                if self._is_first:
+                    new.begin()
+            written = b""
+            with all_or_none(collectives):
+                if collectives.replica == 0:
+                    written = _write_file(
+                        new, file_header(run, self._step, number), contents, number
+                    )
+            texts = gather_texts(collectives, written)[: collectives.world_size]
+            with all_or_none(collectives):
+                if self._is_first:
+                    self._commit(new, run, texts)
+        except BaseException:
+            new.give_up()
+            raise
+        return new.final
+
+    def _commit(self, new: NewStep, run: str, texts: Sequence[bytes]) -> None:
+        for name, data in self._described(new, run, texts).items():
+            write_synced(new.temporary / name, data)
+        new.commit()
+        if self._keep is not None:
+            new.keep_last(self._keep)
+
+    @no_collection()
+    def _described(self, new: NewStep, run: str, texts: Sequence[bytes]) -> dict[str, bytes]:
+        """The files that say what ranks have written, in the order of writing."""
+        manifest = Manifest(run, self._step, len(texts), self._facts)
+        for text in texts:
+            _merge(manifest, json.loads(text))
+        _in_order(manifest)
+        _check_whole(manifest)
+        for name, entry in manifest.files.items():
+            _check_seen(new.temporary / name, entry.size)
+        metadata, values = dcp_files(
+            {**decode(manifest.tree), "step": self._step}, manifest.tensors
+        )
+        files = {VALUES: values, ".metadata": metadata}
+        for name, data in files.items():
+            manifest.files[name] = FileEntry(len(data), zlib.crc32(data), None)
+        return {**files, NAME: manifest.to_bytes()}
+
+
+def collectives_of(optimizer: Any, process_group: Any) -> Collectives:
+    """Those of the optimizer, or of the group where there is none."""
+    if optimizer is None:
+        return choose_collectives(process_group)
+    if not hasattr(optimizer, "_shard"):
+        raise TypeError(
+            f"optimizer: expected a ShardedOptimizer, got {type(optimizer).__name__}; construct "
+            "ShardedOptimizer, which works in one process, too, or save a plain optimizer's "
+            "state_dict() by torch.save"
+        )
+    return optimizer.collectives
+
+
+def given(model: Any, optimizer: Any, scheduler: Any) -> str:
+    """What of these there is."""
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    return " and ".join(name for name, part in parts.items() if part is not None) or "extra alone"
+
+
+def check_parts(model: Any, scheduler: Any) -> None:
+    """Refuse what is no module, and no scheduler."""
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if scheduler is not None and not hasattr(scheduler, "load_state_dict"):
+        raise TypeError(
+            f"scheduler: expected an object with state_dict() and load_state_dict(), got "
+            f"{type(scheduler).__name__}"
+        )
+
+
+def class_of(scheduler: Any) -> str:
+    """The full name of a scheduler's class."""
+    return f"{type(scheduler).__module__}.{type(scheduler).__qualname__}"
+
+
+def _check_numbers(step: int, keep: int | None) -> None:
+    if type(step) is not int or step < 0:
+        raise ValueError(f"step: expected how many steps have been taken, 0 or more, got {step!r}")
+    if keep is not None and (type(keep) is not int or keep < 1):
+        raise ValueError(f"keep: expected a number of steps, 1 or more, or None, got {keep!r}")
+
+
+def _write_file(new: NewStep, header: bytes, contents: Contents, number: int) -> bytes:
+    """This rank's file; returns what the first rank is to know of it."""
+    path = new.temporary / f"__{number}_0.distcp"
+    entries, file = write_pieces(path, header, contents.pieces, number)
+    told = {
+        "tree": contents.tree,
+        "tensors": {key: tensor_to_json(entry) for key, entry in entries.items()},
+        "files": {path.name: [file.size, file.crc, file.rank]},
+    }
+    return json.dumps(told, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _merge(manifest: Manifest, told: dict[str, Any]) -> None:
+    """Add what one rank tells."""
+    for name, part in told["tree"].items():
+        known = manifest.tree.setdefault(name, part)
+        if name == "optimizer" and known is not part:
+            known["state"].update(part["state"])
+    for key, data in told["tensors"].items():
+        entry = tensor_from_json(data)
+        known = manifest.tensors.setdefault(key, TensorEntry(entry.dtype, entry.shape, entry.order))
+        if (known.dtype, known.shape, known.order) != (entry.dtype, entry.shape, entry.order):
+            raise CheckpointError(
+                f"tensor {key!r}: expected the same on every rank, got {known} and {entry}; load "
+                "one complete state_dict on every rank, or from_= the rank that has it"
+            )
+        known.chunks += entry.chunks
+    manifest.files |= {name: FileEntry(*file) for name, file in told["files"].items()}
+
+
+def _in_order(manifest: Manifest) -> None:
+    """The optimizer's state in the order of its parameters, whoever has told it."""
+    if "optimizer" in manifest.tree:
+        optimizer = manifest.tree["optimizer"]
+        keys = [key for group in optimizer["param_groups"] for key in group["params"]]
+        state = optimizer["state"]
+        optimizer["state"] = {key: state[key] for key in dict.fromkeys(keys) if key in state}
+
+
+def _check_whole(manifest: Manifest) -> None:
+    for key, entry in manifest.tensors.items():
+        if (got := sum(chunk.box.numel for chunk in entry.chunks)) != entry.numel:
+            raise CheckpointError(
+                f"tensor {key!r}: expected {entry.numel} elements from all ranks together, got "
+                f"{got}: some have it, others have not; load one complete state_dict on every "
+                "rank, or from_= the rank that has it"
+            )
+
+
+def _check_seen(path: Path, size: int) -> None:
+    got = path.stat().st_size if path.exists() else None
+    if got != size:
+        raise CheckpointError(
+            f"{path}: expected {size} bytes as its rank has written, the first rank sees {got}; "
+            "save to a directory on a file system that all ranks share"
+        )

@@ -1,0 +1,200 @@
+"""Bytes of boxes, out of chunks in files, each block checked as it is read. No torch."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from itertools import product
+from math import prod
+from pathlib import Path
+
+from shardopt.checkpoint.boxes import Box, contiguous_strides
+from shardopt.checkpoint.crc import BLOCK
+from shardopt.checkpoint.manifest import RESTORE, Chunk, FileEntry, TensorEntry
+from shardopt.errors import CorruptError, IncompleteError
+
+PIECE = 4 << 20  # bytes: the most that is read at once
+_MAX_OPEN = 64  # files
+
+
+class Reader:
+    """Reads tensors of one checkpoint, any part of them.
+
+    Args:
+        directory: of the checkpoint.
+        tensors: key -> entry.
+        files: name -> entry, where sizes are known.
+
+    Attributes:
+        bytes_read: from files, so far.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        tensors: Mapping[str, TensorEntry],
+        files: Mapping[str, FileEntry] | None = None,
+    ):
+        self.directory, self.tensors = directory, tensors
+        self.bytes_read = 0
+        self._files = files or {}
+        self._open: OrderedDict[str, int] = OrderedDict()
+        self._block = bytearray(BLOCK)
+        self._block_is: tuple[str, int] | None = None  # file and offset of what _block holds
+
+    def read(self, key: str, box: Box, out: memoryview) -> None:
+        """Fill ``out`` with a box's elements, end to end in the tensor's memory order.
+
+        Raises:
+            CorruptError: a block is not what was written.
+            IncompleteError: a file is not there.
+        """
+        entry = self.tensors[key]
+        order = entry.order or tuple(range(len(entry.shape)))
+        wanted, size = box.permuted(order), entry.itemsize
+        for chunk in entry.chunks:
+            held = chunk.box.permuted(order)
+            overlap = held.overlap(wanted)
+            if overlap is None:
+                continue
+            source = _ChunkBytes(self, key, entry, chunk)
+            strides = _strides_in_order(chunk, order)
+            for start, place, length in runs(overlap, held, wanted, strides):
+                room = out[place * size : (place + length) * size]
+                source.copy(start * size, room)
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self.close()
+
+    def fill(self, name: str, offset: int, out: memoryview) -> bool:
+        """Read into ``out``; returns whether there was enough to fill it."""
+        fd, done = self._descriptor(name), 0
+        while done < len(out):
+            count = os.preadv(fd, [out[done:]], offset + done)
+            if count == 0:
+                return False
+            done += count
+        self.bytes_read += len(out)
+        return True
+
+    def _descriptor(self, name: str) -> int:
+        if name in self._open:
+            self._open.move_to_end(name)
+            return self._open[name]
+        path = self.directory / name
+        try:
+            fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except FileNotFoundError:
+            raise IncompleteError(
+                f"{path}: expected a file of the checkpoint, got none; copy it from where the "
+                "checkpoint was written, or use another step"
+            ) from None
+        self._open[name] = fd
+        if len(self._open) > _MAX_OPEN:
+            os.close(self._open.popitem(last=False)[1])
+        expected, got = self._files.get(name), os.fstat(fd).st_size
+        if expected is not None and expected.size != got:
+            raise CorruptError(f"{path}: expected {expected.size} bytes, got {got}; {RESTORE}")
+        return fd
+
+    def checked_block(self, key: str, entry: TensorEntry, chunk: Chunk, number: int) -> memoryview:
+        """One block of a chunk, kept until another is asked for."""
+        size = chunk.box.numel * entry.itemsize
+        start = number * BLOCK
+        view = memoryview(self._block)[: min(BLOCK, size - start)]
+        place = chunk.file, chunk.offset + start
+        if place != self._block_is:
+            self._block_is = None
+            self.fill_checked(key, chunk, start, view)
+            self._block_is = place
+        return view
+
+    def fill_checked(self, key: str, chunk: Chunk, start: int, out: memoryview) -> None:
+        """Read whole blocks of a chunk, from byte ``start`` of it on, and check each."""
+        path = self.directory / chunk.file
+        if not self.fill(chunk.file, chunk.offset + start, out):
+            raise CorruptError(
+                f"{path}: expected {len(out)} bytes of tensor {key!r} at byte "
+                f"{chunk.offset + start}, got the end of the file; {RESTORE}"
+            )
+        if chunk.crcs is None:
+            return
+        first = start // BLOCK
+        for number in range(-(-len(out) // BLOCK)):
+            got = zlib.crc32(out[number * BLOCK : (number + 1) * BLOCK])
+            if got != chunk.crcs[first + number]:
+                at = chunk.offset + start + number * BLOCK
+                raise CorruptError(
+                    f"{path}: tensor {key!r}, block at byte {at}: expected CRC32 "
+                    f"{chunk.crcs[first + number]:08x}, got {got:08x}; {RESTORE}"
+                )
+
+
+class _ChunkBytes:
+    """The bytes of one chunk."""
+
+    def __init__(self, reader: Reader, key: str, entry: TensorEntry, chunk: Chunk):
+        self._reader, self._key, self._entry, self._chunk = reader, key, entry, chunk
+        self._size = chunk.box.numel * entry.itemsize
+
+    def copy(self, start: int, out: memoryview) -> None:
+        """Fill ``out`` from byte ``start`` on; parts of a block by way of memory."""
+        done = 0
+        while done < len(out):
+            at, left = start + done, len(out) - done
+            whole = left - left % BLOCK if at + left < self._size else left
+            if at % BLOCK == 0 and whole > 0:
+                count = min(whole, PIECE)
+                self._reader.fill_checked(self._key, self._chunk, at, out[done : done + count])
+            else:
+                number, skip = divmod(at, BLOCK)
+                block = self._reader.checked_block(self._key, self._entry, self._chunk, number)
+                count = min(left, len(block) - skip)
+                out[done : done + count] = block[skip : skip + count]
+            done += count
+
+
+def _strides_in_order(chunk: Chunk, order: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a chunk's elements in its bytes, for dims in ``order``."""
+    stored = chunk.order or order
+    by_dim = dict(
+        zip(stored, contiguous_strides([chunk.box.sizes[d] for d in stored]), strict=True)
+    )
+    return tuple(by_dim[dim] for dim in order)
+
+
+def runs(
+    part: Box, held: Box, wanted: Box, strides: tuple[int, ...]
+) -> Iterator[tuple[int, int, int]]:
+    """Elements of ``part`` that lie end to end in both boxes around it, as long as they do.
+
+    Yields where each run starts in ``held``, whose elements lie as ``strides`` say, and in
+    ``wanted``, whose elements lie end to end, and its length.
+    """
+    there = contiguous_strides(wanted.sizes)
+    length, dim = 1, len(part.sizes)
+    while dim > 0 and (part.sizes[dim - 1] == 1 or strides[dim - 1] == there[dim - 1] == length):
+        dim -= 1
+        length *= part.sizes[dim]
+    first_held = _offset(part, held, strides)
+    first_wanted = _offset(part, wanted, there)
+    for index in product(*map(range, part.sizes[:dim])):
+        start = first_held + sum(i * s for i, s in zip(index, strides, strict=False))
+        place = first_wanted + sum(i * s for i, s in zip(index, there, strict=False))
+        yield start, place, length
+    assert prod(part.sizes[dim:]) == length
+
+
+def _offset(part: Box, around: Box, strides: tuple[int, ...]) -> int:
+    pairs = zip(part.offsets, around.offsets, strides, strict=True)
+    return sum((low - origin) * stride for low, origin, stride in pairs)

@@ -1,0 +1,42 @@
+"""Checksums of blocks, put together, against zlib on all bytes."""
+
+import os
+import random
+import zlib
+
+import pytest
+
+from shardopt.checkpoint.crc import BLOCK, block_crcs, crc_of_blocks, joined
+
+LENGTHS = [0, 1, 2, 3, 63, 64, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 3 * BLOCK + 5]
+
+
+@pytest.mark.parametrize("second", LENGTHS)
+def test_two_pieces_have_the_checksum_of_both_end_to_end(second):
+    rng = random.Random(second)
+    for first in LENGTHS:
+        one, other = rng.randbytes(first), rng.randbytes(second)
+        expected = zlib.crc32(one + other)
+        assert joined(zlib.crc32(one), zlib.crc32(other), second) == expected
+
+
+@pytest.mark.parametrize("power", range(31))
+def test_a_piece_of_any_length_counts_as_so_many_bytes(power):
+    # CRC32 of 2^power zeros, doubled step by step, against the joined one of two halves.
+    crc, length = zlib.crc32(b"\0"), 1
+    for _ in range(power):
+        crc, length = joined(crc, crc, length), 2 * length
+    if length <= 1 << 22:
+        assert crc == zlib.crc32(bytes(length))
+    assert joined(joined(0x1234, crc, length), 0x77, 1) == joined(
+        0x1234, joined(crc, 0x77, 1), length + 1
+    )
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_blocks_add_up_to_all_bytes(length):
+    data = os.urandom(length)
+    crcs = block_crcs(memoryview(data))
+    assert len(crcs) == -(-length // BLOCK)
+    assert crcs == [zlib.crc32(data[i : i + BLOCK]) for i in range(0, length, BLOCK)]
+    assert crc_of_blocks(crcs, length) == zlib.crc32(data)
