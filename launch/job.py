@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,22 @@ from choices import OPTIMIZERS, SIZES
 from corpus import Corpus, read_corpus
 from gpt import GPT, summed_loss
 from options import Options, Refused
-from proof import Twin, chosen_kernels, one_evaluation, own_gradients, rounding_of, verdict
+from proof import (
+    Twin,
+    chosen_kernels,
+    consolidated,
+    one_evaluation,
+    own_gradients,
+    rounding_of,
+    verdict,
+)
 from ranks import Ranks
 from recipe import build_optimizer, build_scheduler, names
 from report import History, Report, bits, draw, memory_table, state_bytes
-from saved_run import prepare_run, write_run
+from saved_run import Start, extra_of, load_run, prepare_run
 from torch import Tensor
 
-from shardopt import sched
+from shardopt import checkpoint, sched
 
 
 class Job:
@@ -40,23 +47,21 @@ class Job:
 
     def __init__(self, given: Mapping[str, Any], ranks: Ranks):
         self.ranks = ranks
-        run = _agree_on_run(given, ranks)
-        self.options: Options = run["options"]
-        self.first_step = self.step = int(run["step"])  # how many are done
-        self.history = History(**run["history"])
+        start = _agree_on_start(given, ranks)
+        self.options = start.options
+        self.first_step = self.step = start.step  # how many are done
+        self.history = History(**start.history)
         self.corpus = _agree_on_corpus(self.options, ranks)
-        self.reads_other_text = run["text"] not in (None, self.corpus.sha256)
+        self.reads_other_text = start.text not in (None, self.corpus.sha256)
         self.model = new_model(self.options).to(ranks.device)
-        if "model" in run:
-            self.model.load_state_dict(run["model"])
         by_ddp = self.options.gradients == "replicated"
         self.replica = ranks.replicate(self.model) if by_ddp else self.model
         self.optimizer = build_optimizer(self.model, self.options)
         self.optimizer.overlap_forward(self.model)
         self.scheduler = build_scheduler(self.optimizer, self.options)
-        if self.step > 0:
-            self.optimizer.load_state_dict(run.get("optimizer"), from_=0)
-            self.scheduler.load_state_dict(run["scheduler"])
+        if start.saved is not None:
+            parts = {"optimizer": self.optimizer, "scheduler": self.scheduler}
+            load_run(start, model=self.model, **parts)
             sched.check_schedules(self.scheduler)
         # DDP orders its buckets anew after the first backward, and with it the sums of three ranks
         # and more: after one that counts for nothing, a resumed run rounds like an undisturbed one.
@@ -149,21 +154,18 @@ class Job:
 
     # -- what is left behind -------------------------------------------------------------------
 
-    def _save(self) -> Path | None:
-        """Write the run; returns the file on the first rank."""
-        self.optimizer.consolidate_state_dict(to=0)
-        if not self.ranks.is_first:
-            return None
-        run = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "step": self.step,
-            "options": asdict(self.options),
-            "history": asdict(self.history),
-            "text": self.corpus.sha256,
-        }
-        return write_run(Path(self.options.save), run)
+    def _save(self) -> Path:
+        """Write the run, every rank its part; returns the directory of the step."""
+        saved = checkpoint.save(
+            self.options.save,
+            step=self.step,
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            extra=extra_of(self.options, self.history, self.corpus.sha256),
+            keep=self.options.keep or None,
+        )
+        return Path(self.options.save) / saved.name
 
     def _summarise(self) -> None:
         options = self.options
@@ -180,8 +182,8 @@ class Job:
             draw(Path(options.plot), self.history, f"{options.optimizer}, {self.ranks}")
             self.report.say(f"curves  {options.plot}")
 
-    def _prove(self, saved: Path | None) -> str | None:
-        """One more step, here and by plain ``torch.optim`` from the saved file, must be equal.
+    def _prove(self, saved: Path) -> str | None:
+        """One more step, here and by plain ``torch.optim`` from the saved step, must be equal.
 
         It is not clipped: a norm added up over ranks differs from plain torch's by rounding, so
         it is compared by itself.
@@ -196,11 +198,12 @@ class Job:
         one_evaluation(self.optimizer)
         wrong, rounding = None, rounding_of(self.options, self.ranks)
         again = partial(self._backward, self.step) if self._evaluates else None
-        if saved is None:
+        if not self.ranks.is_first:
             self.optimizer.step(again)
         else:
             model = new_model(self.options).to(self.ranks.device)
-            twin = Twin(saved, model, self.options, chosen_kernels(self.optimizer))
+            run = consolidated(saved)
+            twin = Twin(run, model, self.options, chosen_kernels(self.optimizer))
             wrong = twin.step(means, norm)
             self.optimizer.step(again)
             wrong = wrong or twin.difference(self.model, sum(by_rank), rounding)
@@ -239,22 +242,19 @@ def new_model(options: Options) -> GPT:
     )
 
 
-def _agree_on_run(given: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
-    """The options and what else a resumed run was saved with; the first rank reads the file.
-
-    It alone keeps weights and optimizer state: DDP and the sharded optimizer hand them out.
-    """
-    run: dict[str, Any] = {}
-    if ranks.is_first:
-        try:
-            run = prepare_run(given, ranks.world_size)
-        except Refused as refusal:
-            run = {"refusal": str(refusal)}
-    small = {name: value for name, value in run.items() if name not in ("model", "optimizer")}
-    small = ranks.from_first(small)
-    if "refusal" in small:
-        raise Refused(small["refusal"])
-    return {**run, **small}
+def _agree_on_start(given: Mapping[str, Any], ranks: Ranks) -> Start:
+    """Where all ranks begin: the first one's options count, and a refusal of any."""
+    given = ranks.from_first(dict(given))
+    start = refusal = None
+    try:
+        start = prepare_run(given, ranks.world_size)
+    except Refused as problem:
+        refusal = str(problem)
+    for text in ranks.from_all(refusal):
+        if text is not None:
+            raise Refused(text)
+    assert start is not None
+    return start
 
 
 def _agree_on_corpus(options: Options, ranks: Ranks) -> Corpus:

@@ -33,6 +33,7 @@ class Options:
     seed: int = 0
     eval_every: int
     save_every: int = 0
+    keep: int = 0
     out: str = "runs"
     save: str
     plot: str
@@ -44,11 +45,10 @@ class Options:
     check: bool = False
 
 
-# What makes a run this run and no other. A resumed run takes it from the file.
+# What makes a run this run and no other. A resumed run takes it from what was saved.
 LEARNING = ("optimizer", "scheduler", "lr", "weight_decay", "clip")
 IDENTITY = (*LEARNING, "size", "batch", "context", "seed")
-HABITS = ("steps", "eval_every", "save_every", "kernel", "gradients")  # as well, unless given
-EARLIER = {"gradients": "replicated", "clip": 0.0}  # what runs did whose file does not say
+HABITS = ("steps", "eval_every", "save_every", "keep", "kernel", "gradients")  # unless given
 PLANNED = ("cosine", "linear", "step", "onecycle")  # schedules laid out over --steps
 
 
@@ -99,12 +99,16 @@ def _add_where_and_when(parser: argparse.ArgumentParser) -> None:
     kernels = "auto: torch's fused kernel where there is one; torch: torch's own default"
     add("--eval-every", type=_whole(1), metavar="N",
         help="steps between two evaluations (default: a tenth of the steps)")  # fmt: skip
-    add("--out", metavar="DIR", help="directory of all that is written (default runs)")
-    add("--save", metavar="DIR", help="directory of the saved runs, step-N.pt (default: --out)")
+    add("--out", metavar="DIR",
+        help="directory of all that is written (default runs, or runs-2, ...)")  # fmt: skip
+    add("--save", metavar="DIR", help="directory of the saved steps, step-N (default: --out)")
     add("--save-every", type=_whole(0), metavar="N",
         help="steps between two saves; 0: at the end only (default 0)")  # fmt: skip
-    add("--resume", metavar="PATH",
-        help="a saved run, or a directory: its latest; any number of ranks")  # fmt: skip
+    add("--keep", type=_whole(0), metavar="N",
+        help="how many of the newest saved steps stay; 0: all (default 0)")  # fmt: skip
+    add("--resume", metavar="DIR",
+        help="a saved run, of which the newest step that verifies is taken, or one of its steps;"
+        " any number of ranks")  # fmt: skip
     add("--plot", metavar="PATH", help="the curves, a PNG (default: curves.png in --out)")
     add("--kernel", type=_one_of(("auto", "torch")), metavar="NAME",
         help=f"{kernels} (default auto)")  # fmt: skip
@@ -120,7 +124,6 @@ def fill_in(
 ) -> Options:
     """``given`` completed by what a resumed run was ``saved`` with, and by defaults; checked."""
     if saved is not None:
-        saved = {**EARLIER, **saved}
         _check_same_run(given, saved)
         given = {**{name: saved[name] for name in IDENTITY + HABITS}, **given}
     size = SIZES[given.get("size", Options.size)]

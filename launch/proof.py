@@ -1,11 +1,12 @@
 """The proof at the end of a run: its saved state is plain torch's, and so is its next step."""
 
 import math
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from choices import OPTIMIZERS
@@ -13,11 +14,10 @@ from options import Options
 from ranks import Ranks
 from recipe import class_options, classes, groups_of, stepping_class
 from report import state_bytes
-from saved_run import read_run
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from shardopt import ShardedOptimizer
+from shardopt import ShardedOptimizer, checkpoint
 
 NORM_TOLERANCE = 1e-5  # relative: plain torch adds fp32 norms up, shardopt fp64 ones, rank by rank
 
@@ -56,20 +56,32 @@ def rounding_of(options: Options, ranks: Ranks) -> Rounding:
     return Rounding()
 
 
+def consolidated(saved: Path) -> dict[str, Any]:
+    """What a saved step is to plain torch: read from the disk, as one file."""
+    with tempfile.TemporaryDirectory(prefix="proof-", dir=saved.parent) as folder:
+        file = Path(folder) / "run.pt"
+        checkpoint.consolidate(saved, file)
+        run: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    return run
+
+
 class Twin:
     """A model with plain ``torch.optim`` optimizers, all as a saved run has them.
 
     Args:
-        saved: the file.
+        run: what :func:`consolidated` has read.
         model: any of the right shapes; its weights are replaced.
         options: those of the run.
         kernels: flags of the implementation of each group, see :func:`chosen_kernels`.
     """
 
     def __init__(
-        self, saved: Path, model: nn.Module, options: Options, kernels: list[dict[str, bool]]
+        self,
+        run: Mapping[str, Any],
+        model: nn.Module,
+        options: Options,
+        kernels: list[dict[str, bool]],
     ):
-        run = read_run(saved)
         self.model = model
         self.model.load_state_dict(run["model"])
         self.before = [parameter.detach().clone() for parameter in self.model.parameters()]

@@ -1,33 +1,131 @@
-"""Saved runs: one file to a save, complete or absent, that any number of ranks goes on from.
+"""Saved runs: directories of steps, complete or absent, that any number of ranks goes on from.
 
-Torch is imported late: checking a new run needs none of it.
+::
+
+    runs/
+        step-500/      one save; --resume runs takes the newest that verifies,
+        step-1000/     --resume runs/step-500 that one
+
+Torch and shardopt are imported late: checking a new run needs neither.
 """
 
+from __future__ import annotations
+
 import os
+import re
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from choices import OPTIMIZERS, SCHEDULERS, SIZES
-from options import Refused, fill_in
+from options import HABITS, IDENTITY, Options, Refused, fill_in
 
-FIELDS = ("model", "optimizer", "scheduler", "step", "options", "history", "text")
+if TYPE_CHECKING:
+    from shardopt import checkpoint
+
+FIELDS = ("options", "history", "text")  # what a run saves beside model, optimizer and scheduler
 
 
-def prepare_run(given: Mapping[str, Any], world_size: int) -> dict[str, Any]:
-    """The run to go on with, its options filled in and checked, its directories made."""
-    run: dict[str, Any] = {"step": 0, "history": {}, "options": None, "text": None}
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        options: all of them.
+        step: how many steps are done.
+        saved: the directory of the step to go on from.
+        history: the curves so far, by name.
+        text: the hash of what was read so far.
+    """
+
+    options: Options
+    step: int = 0
+    saved: Path | None = None
+    history: dict[str, Any] = field(default_factory=dict)
+    text: str | None = None
+
+
+def prepare_run(given: Mapping[str, Any], world_size: int) -> Start:
+    """Fill in and check the options, make directories. Collective where a run is resumed."""
     if "resume" in given:
-        run = read_run(Path(given["resume"]))
-    options = fill_in(given, run["options"], world_size=world_size)
-    if run["step"] >= options.steps:
+        loaded = _read(Path(given["resume"]))
+        options = fill_in(given, loaded.extra["options"], world_size=world_size)
+        rest = {name: loaded.extra[name] for name in ("history", "text")}
+        start = Start(options, loaded.step or 0, loaded.path, **rest)
+    else:
+        if not {"out", "save"} & set(given):
+            given = {**given, "out": _unused(Options.out)}
+        start = Start(fill_in(given, world_size=world_size))
+    options = start.options
+    if start.step >= options.steps:
         raise Refused(
-            f"--steps: expected more than the {run['step']} steps that the resumed run has done,"
+            f"--steps: expected more than the {start.step} steps that the resumed run has done,"
             f" got {options.steps}; there is nothing left to train"
         )
-    _prepare_directory(Path(options.save), "--save" if "save" in given else "--out")
+    option = "--save" if "save" in given else "--out"
+    _prepare_directory(Path(options.save), option)
     _prepare_directory(Path(options.plot).parent, "--plot")
-    return {**run, "options": options}
+    _check_later_steps(Path(options.save), start.step, option)
+    return start
+
+
+def check_place(path: Path) -> None:
+    """Refuse what cannot be a saved run."""
+    expected = "--resume: expected the directory of a run, or of one of its steps (step-N)"
+    if not path.exists():
+        raise Refused(f"{expected}, got {path}, which does not exist; correct the path")
+    if not path.is_dir():
+        raise Refused(
+            f"{expected}, got {path}, which is a file; name the directory that train.py saved to"
+        )
+    if not (path / "manifest.json").exists() and not _steps_in(path):
+        raise Refused(
+            f"{expected}, got none in {path}; name another, or start a new run without --resume"
+        )
+
+
+def extra_of(options: Options, history: Any, text: str) -> dict[str, Any]:
+    """What is saved beside model, optimizer and scheduler."""
+    return {"options": asdict(options), "history": asdict(history), "text": text}
+
+
+def load_run(start: Start, **parts: Any) -> None:
+    """Load ``model=``, ``optimizer=`` and ``scheduler=`` of the step to go on from. Collective."""
+    assert start.saved is not None
+    _load(start.saved, **parts)
+
+
+def _read(path: Path) -> checkpoint.Loaded:
+    """What was saved beside the tensors."""
+    loaded = _load(path)
+    if not _is_run(loaded.extra):
+        raise Refused(
+            f"--resume: expected a run saved by train.py, got {loaded.path}, which is none; name"
+            " another"
+        )
+    return loaded
+
+
+def _load(path: Path, **parts: Any) -> checkpoint.Loaded:
+    from shardopt import checkpoint
+    from shardopt.errors import ShardoptError
+
+    try:
+        return checkpoint.load(path, **parts)
+    except (ShardoptError, OSError) as problem:  # on every rank
+        raise Refused(f"--resume: {problem}") from None
+
+
+def _is_run(extra: Any) -> bool:
+    if not isinstance(extra, dict) or set(FIELDS) - set(extra):
+        return False
+    options = extra["options"]
+    if not isinstance(options, dict) or set(IDENTITY + HABITS) - set(options):
+        return False
+    tables: dict[str, Mapping[str, Any]]
+    tables = {"optimizer": OPTIMIZERS, "scheduler": SCHEDULERS, "size": SIZES}
+    return all(options[name] in table for name, table in tables.items())
 
 
 def _prepare_directory(path: Path, option: str) -> None:
@@ -43,50 +141,26 @@ def _prepare_directory(path: Path, option: str) -> None:
         )
 
 
-def write_run(directory: Path, run: dict[str, Any]) -> Path:
-    """Write ``run`` to ``directory/step-N.pt``: the whole file or, if it is cut short, none."""
-    import torch
-
-    path = directory / f"step-{run['step']:06}.pt"
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        torch.save(run, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    return path
-
-
-def read_run(path: Path) -> dict[str, Any]:
-    """A saved run, onto the CPU; from a directory, the one with the most steps."""
-    if path.is_dir():
-        saves = sorted(path.glob("step-*.pt"), key=lambda save: (len(save.name), save.name))
-        if not saves:
-            raise Refused(
-                f"--resume: expected a directory with saved runs (step-N.pt), got none in {path};"
-                " name another, or start a new run without --resume"
-            )
-        path = saves[-1]
-    if not path.is_file():
+def _check_later_steps(directory: Path, step: int, option: str) -> None:
+    """Steps are never overwritten, and this run is to write later ones."""
+    if later := [number for number in _steps_in(directory) if number > step]:
         raise Refused(
-            f"--resume: expected a saved run (step-N.pt) or a directory of them, got {path},"
-            " which does not exist; correct the path"
+            f"{option}: expected a directory without saved steps later than {step}, got"
+            f" {directory}, which has step-{max(later)}; go on from there (--resume), remove them,"
+            " or choose another"
         )
-    import torch
-
-    try:
-        run = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch reads a foreign file as a pickle, and then anything can go wrong
-        run = None
-    if not isinstance(run, dict) or set(FIELDS) - set(run) or not _is_known(run["options"]):
-        raise Refused(
-            f"--resume: expected a run saved by train.py, got {path}, which is none, or is damaged;"
-            " name another"
-        )
-    return run
 
 
-def _is_known(options: dict[str, Any]) -> bool:
-    tables: dict[str, Mapping[str, Any]]
-    tables = {"optimizer": OPTIMIZERS, "scheduler": SCHEDULERS, "size": SIZES}
-    return all(options.get(name) in table for name, table in tables.items())
+def _unused(name: str) -> str:
+    """The first of ``runs``, ``runs-2``, ``runs-3``, ... that no run has saved to."""
+    number = 1
+    while Path(unused := f"{name}-{number}" if number > 1 else name).is_dir() and _steps_in(
+        Path(unused)
+    ):
+        number += 1
+    return unused
+
+
+def _steps_in(directory: Path) -> list[int]:
+    names = (re.fullmatch(r"step-(\d+)", path.name) for path in directory.iterdir())
+    return [int(name[1]) for name in names if name]

@@ -11,9 +11,10 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from options import Refused, fill_in, parse
-from saved_run import prepare_run
+from saved_run import check_place, prepare_run
 
 NEEDED = {
     "torch": "torch",
@@ -41,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(arguments: Sequence[str] | None) -> int:
     given = parse(arguments)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if "resume" not in given:  # else the file completes them
+    if "resume" in given:  # the options are completed by what was saved
+        check_place(Path(given["resume"]))
+    else:
         fill_in(given, world_size=world_size)
     require_packages()
 

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from shardopt.errors import CorruptError
 from tests import ROOT
+from tests.launch.saved import flip_a_bit, saved, steps_in
 
 # As in launch/choices.py; each schedule meets two optimizers.
 SCHEDULERS = ("none", "cosine", "linear", "step", "onecycle", "plateau")
@@ -28,7 +30,7 @@ PAIRS = [
 def launch(monkeypatch) -> SimpleNamespace:
     """The modules beside train.py, which finds them because it is run from their folder."""
     monkeypatch.syspath_prepend(str(ROOT / "launch"))
-    names = ("corpus", "gpt", "job", "options", "proof", "ranks")
+    names = ("corpus", "gpt", "job", "options", "proof", "ranks", "saved_run")
     return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
@@ -52,12 +54,17 @@ def test_resumed_run_is_the_undisturbed_one(launch, tmp_path, optimizer, schedul
     names = ("--optimizer", optimizer, "--scheduler", scheduler)
     run = job(launch, tmp_path, *names, "--size", "tiny", "--steps", 4, "--save-every", 2)
     assert run.run() is None
-    whole = torch.load(tmp_path / "step-000004.pt", weights_only=True)
-    resumed = job(launch, tmp_path / "resumed", "--resume", tmp_path / "step-000002.pt")
+    resumed = job(launch, tmp_path / "resumed", "--resume", tmp_path / "step-2")
     assert resumed.step == 2
     assert resumed.run() is None
-    again = torch.load(tmp_path / "resumed" / "step-000004.pt", weights_only=True)
-    assert again["history"] == whole["history"]
+    assert_same_end(tmp_path, tmp_path / "resumed")
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Both ended after step 4, with no bit of difference."""
+    whole, again = saved(one, 4), saved(other, 4)
+    assert again["step"] == 4
+    assert again["extra"]["history"] == whole["extra"]["history"]
     assert again["scheduler"] == whole["scheduler"]
     assert again["optimizer"]["param_groups"] == whole["optimizer"]["param_groups"]
     torch.testing.assert_close(again["model"], whole["model"], rtol=0, atol=0)
@@ -66,28 +73,71 @@ def test_resumed_run_is_the_undisturbed_one(launch, tmp_path, optimizer, schedul
     )
 
 
+def test_damaged_newest_step_is_passed_over_and_named(launch, tmp_path, caplog, capsys):
+    run = job(launch, tmp_path, "--size", "tiny", "--steps", 4, "--save-every", 1)
+    assert run.run() is None
+    flip_a_bit(tmp_path / "step-4" / "__0_0.distcp")
+    (tmp_path / "step-3" / "__0_0.distcp").unlink()
+    resumed = job(launch, tmp_path / "resumed", "--resume", tmp_path)
+    assert resumed.step == 2
+    passed_over = [record.getMessage() for record in caplog.records]
+    for step, message in zip((4, 3), passed_over, strict=True):
+        assert message.startswith(f"passed over: {tmp_path}/step-{step}/__0_0.distcp")
+    capsys.readouterr()
+    assert resumed.run() is None
+    assert "resumed after step 2" in capsys.readouterr().out
+    whole = job(launch, tmp_path / "whole", "--size", "tiny", "--steps", 4)
+    assert whole.run() is None
+    assert_same_end(tmp_path / "whole", tmp_path / "resumed")
+
+
+def test_no_step_that_verifies_is_refused(launch, tmp_path, caplog):
+    run = job(launch, tmp_path, "--size", "tiny", "--steps", 2, "--save-every", 1)
+    assert run.run() is None
+    for step in (1, 2):
+        flip_a_bit(tmp_path / f"step-{step}" / "manifest.json")
+    with pytest.raises(launch.options.Refused, match="got 2 of which none does"):
+        job(launch, tmp_path, "--resume", tmp_path)
+    assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3]), (1, [3]), (2, [2, 3])])
+def test_older_steps_go(launch, tmp_path, keep, left):
+    names = ("--size", "tiny", "--steps", 3, "--save-every", 1, "--keep", keep)
+    assert job(launch, tmp_path, *names).run() is None
+    assert steps_in(tmp_path) == [f"step-{step}" for step in left]
+
+
+def test_another_run_goes_to_another_directory(launch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in ("runs", "runs-2", "runs-3"):
+        options = launch.saved_run.prepare_run({}, world_size=1).options
+        assert (options.save, options.plot) == (place, f"{place}/curves.png")
+        (tmp_path / place / "step-1").mkdir(parents=True)
+
+
+def test_later_steps_are_not_overwritten(launch, tmp_path):
+    names = ("--size", "tiny", "--steps", 2, "--save-every", 1)
+    assert job(launch, tmp_path, *names).run() is None
+    for options in (names, ("--resume", tmp_path / "step-1")):
+        with pytest.raises(launch.options.Refused, match=r"later than [01], got .* step-2;"):
+            job(launch, tmp_path, *options)
+    resumed = job(launch, tmp_path, "--resume", tmp_path / "step-1", "--save", tmp_path / "other")
+    assert resumed.run() is None
+    assert steps_in(tmp_path / "other") == ["step-2"]
+
+
 @pytest.mark.parametrize("gradients", ["replicated", "local", "sharded"])
 def test_run_goes_on_with_gradients_of_another_kind(launch, tmp_path, gradients):
     """Of one process, unclipped, all kinds have the same bits."""
     run = job(launch, tmp_path, "--size", "tiny", "--steps", 4, "--save-every", 2, "--clip", 0)
     assert run.run() is None
-    whole = torch.load(tmp_path / "step-000004.pt", weights_only=True)
-    resume = ("--resume", tmp_path / "step-000002.pt", "--gradients", gradients)
+    resume = ("--resume", tmp_path / "step-2", "--gradients", gradients)
     resumed = job(launch, tmp_path / "resumed", *resume)
     assert resumed.options.gradients == gradients
     assert resumed.run() is None
-    again = torch.load(tmp_path / "resumed" / "step-000004.pt", weights_only=True)
+    whole, again = saved(tmp_path, 4), saved(tmp_path / "resumed", 4)
     torch.testing.assert_close(again["model"], whole["model"], rtol=0, atol=0)
-
-
-def test_file_without_the_kind_of_gradients_goes_on_as_it_was(launch, tmp_path):
-    run = job(launch, tmp_path, "--size", "tiny", "--steps", 2, "--save-every", 1)
-    assert run.run() is None
-    earlier = torch.load(tmp_path / "step-000001.pt", weights_only=True)
-    del earlier["options"]["gradients"], earlier["options"]["clip"]
-    torch.save(earlier, tmp_path / "earlier.pt")
-    options = job(launch, tmp_path, "--resume", tmp_path / "earlier.pt").options
-    assert (options.gradients, options.clip) == ("replicated", 0)
 
 
 @pytest.mark.parametrize("gradients", ["replicated", "local", "sharded"])
@@ -141,6 +191,22 @@ def test_proof_sees_state_that_was_not_saved(launch, tmp_path, capsys, kernel):
     run._save = save_and_disturb
     assert "1 of" in run.run()
     assert "FAILED: it loads into plain torch.optim.AdamW, but 1 of" in capsys.readouterr().out
+
+
+def test_proof_reads_what_lies_on_the_disk(launch, tmp_path):
+    run = job(launch, tmp_path, "--size", "tiny", "--steps", 1)
+    save = run._save
+
+    def save_and_damage():
+        path = save()
+        flip_a_bit(path / "__0_0.distcp")
+        return path
+
+    run._save = save_and_damage
+    with pytest.raises(CorruptError, match="expected CRC32"):
+        run.run()
+    assert steps_in(tmp_path) == ["step-1"]
+    assert list(tmp_path.glob("proof-*")) == []
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -1,16 +1,22 @@
 """``launch/train.py`` as a user runs it: alone, under torchrun, saved, resumed, and refused."""
 
+import importlib
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch.optim import Optimizer
 
+from shardopt import checkpoint
 from tests import ROOT
+from tests.launch.saved import flip_a_bit, saved, steps_in
 
 SCRIPT = ROOT / "launch" / "train.py"
 TINY = ("--size", "tiny", "--steps", "6", "--save-every", "3", "--eval-every", "2")
@@ -20,13 +26,21 @@ TINY = ("--size", "tiny", "--steps", "6", "--save-every", "3", "--eval-every", "
 TOLERANCE = 5e-5
 
 
-def train(*arguments: object, ranks: int = 1, timeout: float = 240) -> subprocess.CompletedProcess:
-    """Run the script in a process of its own, or in as many as torchrun starts."""
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(*arguments: object, ranks: int = 1) -> list[str]:
+    """The script in a process of its own, or in as many as torchrun starts."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [sys.executable, *(launcher if ranks > 1 else ()), str(SCRIPT), "--device", "cpu"]
+    start = [sys.executable, *(launcher if ranks > 1 else ()), str(SCRIPT), "--device", "cpu"]
+    return [*start, *map(str, arguments)]
+
+
+def train(*arguments: object, ranks: int = 1, timeout: float = 240) -> subprocess.CompletedProcess:
+    """Run the script to its end."""
     return subprocess.run(
-        [*command, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        command(*arguments, ranks=ranks),
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -41,28 +55,27 @@ def trained(out: Path, *arguments: object, ranks: int = 1, how: str = "bit for b
     return result.stdout
 
 
-def saved(out: Path, step: int) -> dict:
-    return torch.load(out / f"step-{step:06}.pt", weights_only=True)
-
-
 def numbers(run: dict) -> torch.Tensor:
     """All that a saved run holds as numbers: weights, optimizer state, curves."""
     states = run["optimizer"]["state"].values()
     tensors = [*run["model"].values(), *(value for state in states for value in state.values())]
-    curves = torch.tensor([*run["history"]["training"], *sum(run["history"]["held_out"], ())])
+    history = run["extra"]["history"]
+    curves = torch.tensor([*history["training"], *sum(history["held_out"], ())])
     return torch.cat([tensor.flatten().double() for tensor in [*tensors, curves]])
 
 
-def assert_same_run(one: Path, other: Path, *, tolerance: float) -> None:
+def assert_same_run(one: Path, other: Path, *, tolerance: float, step: int = 6) -> None:
     """``other`` ended as the undisturbed ``one`` did, which moved after the resumed save."""
-    first, second = saved(one, 6), saved(other, 6)
-    assert first["step"] == second["step"] == 6
+    first, second = saved(one, step), saved(other, step)
+    assert first["step"] == second["step"] == step
     assert first["scheduler"] == second["scheduler"]
-    assert len(first["history"]["lr"]) == 6
-    assert first["history"]["lr"] == second["history"]["lr"]
+    rates = [run["extra"]["history"]["lr"] for run in (first, second)]
+    assert len(rates[0]) == step
+    assert rates[0] == rates[1]
     assert numbers(first).numel() > 3 * 30_000  # weights and two moments
     torch.testing.assert_close(numbers(second), numbers(first), rtol=0, atol=tolerance)
-    assert not torch.equal(numbers(saved(one, 3)), numbers(first))
+    states = first["optimizer"]["state"]
+    assert not torch.equal(saved(one, 3)["optimizer"]["state"][0]["exp_avg"], states[0]["exp_avg"])
 
 
 def state_bytes(printed: str) -> list[int]:
@@ -89,27 +102,117 @@ def test_two_ranks_share_the_state(two_ranks):
     assert re.search(r"sha256 [0-9a-f]{64}\n", printed)
     assert re.findall(r"^step +(\d)", printed, re.MULTILINE) == ["0", "2", "4", "6"]
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in out.glob("step-*")) == ["step-000003.pt", "step-000006.pt"]
+    assert steps_in(out) == ["step-3", "step-6"]
 
 
-def test_one_process_goes_on_from_two_ranks(two_ranks, tmp_path):
+@pytest.fixture
+def trained_here(main, capsys):
+    """As ``trained``, in this process: one that has torch already."""
+
+    def run(out: Path, *arguments: object) -> str:
+        code = main(["--device", "cpu", "--out", str(out), *map(str, arguments)])
+        printed = capsys.readouterr().out
+        assert code == 0
+        assert "next step is equal, bit for bit" in printed
+        return printed
+
+    return run
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """The script's ``main``."""
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    return importlib.import_module("train").main
+
+
+def test_one_process_goes_on_from_two_ranks(two_ranks, tmp_path, trained_here):
     out, _ = two_ranks
-    printed = trained(tmp_path, "--resume", out / "step-000003.pt")
+    printed = trained_here(tmp_path, "--resume", out / "step-3")
     assert "resumed after step 3, 6 steps in all, on 1 process" in printed
     assert_same_run(out, tmp_path, tolerance=TOLERANCE)
 
 
 def test_two_ranks_go_on_from_two_ranks(two_ranks, tmp_path):
     out, _ = two_ranks
-    trained(tmp_path, "--resume", out / "step-000003.pt", ranks=2)
+    trained(tmp_path, "--resume", out / "step-3", ranks=2)
     assert_same_run(out, tmp_path, tolerance=0)
 
 
+ENDLESS = ("--size", "tiny", "--scheduler", "none", "--save-every", "3", "--eval-every", "1")
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> Path:
+    """A run on two ranks, of which one was killed some time after step 3: its directory."""
+    out = tmp_path_factory.mktemp("killed")
+    process = subprocess.Popen(
+        command("--out", out, *ENDLESS, "--steps", 100_000, ranks=2),
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "step-3").exists():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.005)
+        os.kill(children(process.pid)[1], signal.SIGKILL)
+        assert process.wait(60) != 0
+    finally:
+        process.terminate()  # torchrun ends its ranks
+        process.wait(60)
+    return out
+
+
+def children(parent: int) -> list[int]:
+    """The processes that run the script, started by another."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            after_name = (folder / "stat").read_text().rpartition(")")[2]
+            is_script = str(SCRIPT).encode() in (folder / "cmdline").read_bytes()
+        except OSError:  # it has ended meanwhile
+            continue
+        if is_script and int(after_name.split()[1]) == parent:
+            found.append(int(folder.name))
+    return sorted(found)
+
+
+def test_killed_run_goes_on_in_one_process(killed, tmp_path, trained_here):
+    """From the step that it completed, as if undisturbed; what it did not complete is removed."""
+    out = shutil.copytree(killed, tmp_path / "out")
+    (out / "step-999.tmp-0a1b").mkdir()  # as if it had been in the midst of a save
+    last = newest_step(out)
+    end = ("--steps", last + 3)
+    printed = trained_here(out, "--resume", out, *end)
+    assert f"resumed after step {last}, {last + 3} steps in all, on 1 process" in printed
+    assert set(steps_in(out)) == {f"step-{step}" for step in range(3, last + 4, 3)}
+    trained_here(tmp_path / "whole", *ENDLESS, *end)
+    assert_same_run(tmp_path / "whole", out, tolerance=TOLERANCE, step=last + 3)
+
+
+@pytest.mark.slow
+def test_killed_run_goes_on_on_three_ranks(killed, tmp_path, trained_here):
+    last = newest_step(killed)
+    end = ("--steps", last + 3)
+    trained(tmp_path / "3", "--resume", killed, *end, ranks=3)
+    trained_here(tmp_path / "whole", *ENDLESS, *end)
+    assert_same_run(tmp_path / "whole", tmp_path / "3", tolerance=TOLERANCE, step=last + 3)
+
+
+def newest_step(out: Path) -> int:
+    newest = checkpoint.latest(out)
+    assert newest is not None
+    return int(newest.name.removeprefix("step-"))
+
+
+@pytest.mark.slow
 def test_averaged_gradients_are_those_of_ddp(two_ranks, tmp_path):
     """Two terms have one sum; what differs is the rounding of the norm that clips them."""
     out, printed = two_ranks
     assert "gradients  sharded, clipped to a norm of 1" in printed
-    run = out / "step-000003.pt"
+    run = out / "step-3"
     printed = trained(tmp_path, "--resume", run, "--gradients", "replicated", ranks=2)
     assert "gradients  replicated" in printed
     assert_same_run(out, tmp_path, tolerance=TOLERANCE)
@@ -121,11 +224,11 @@ def test_three_ranks(gradients, two_ranks, tmp_path):
     """They go on from two ranks, and from three without a bit of difference."""
     out, _ = two_ranks
     kind = ("--gradients", gradients)
-    trained(tmp_path / "2-3", "--resume", out / "step-000003.pt", *kind, ranks=3)
+    trained(tmp_path / "2-3", "--resume", out / "step-3", *kind, ranks=3)
     assert_same_run(out, tmp_path / "2-3", tolerance=TOLERANCE)
     trained(tmp_path / "3", *TINY, *kind, ranks=3)
     assert_same_run(out, tmp_path / "3", tolerance=TOLERANCE)
-    trained(tmp_path / "3-3", "--resume", tmp_path / "3" / "step-000003.pt", ranks=3)
+    trained(tmp_path / "3-3", "--resume", tmp_path / "3" / "step-3", ranks=3)
     assert_same_run(tmp_path / "3", tmp_path / "3-3", tolerance=0)
 
 
@@ -183,6 +286,8 @@ BAD_OPTIONS = {
     "--check --out {file}": "--out: expected a directory that can be written",
     "--check --resume {none}": "which does not exist; correct the path",
     "--check --resume {empty}": "got none in",
+    "--resume {file}": "which is a file; name the directory",
+    "--keep few": "--keep: expected a whole number of at least 0",
 }
 
 
@@ -202,18 +307,69 @@ def assert_one_line(refused: subprocess.CompletedProcess, says: str) -> None:
     assert says in refused.stderr
 
 
-def test_resuming_another_run_gets_one_line(two_ranks, tmp_path):
+def refuses(main, capsys, says: str, *arguments: object) -> None:
+    """One line, on stderr."""
+    code, shown = main(list(map(str, arguments))), capsys.readouterr()
+    refused = subprocess.CompletedProcess(arguments, code, shown.out, shown.err)
+    assert_one_line(refused, says)
+
+
+def test_resuming_another_run_gets_one_line(two_ranks, tmp_path, main, capsys):
     out, _ = two_ranks
-    run = out / "step-000003.pt"
-    (tmp_path / "damaged.pt").write_bytes(run.read_bytes()[:100_000])
+    run = out / "step-3"
+    torch.save({}, tmp_path / "step-000003.pt")
+    other = checkpoint.save(tmp_path / "other", step=3, extra={"options": {"size": "tiny"}})
     for says, *options in (
         ("--size: expected tiny", "--resume", run, "--size", "small"),
         ("--clip: expected 1.0, with which", "--resume", run, "--clip", 2),
-        ("is none, or is damaged", "--resume", tmp_path / "damaged.pt"),
+        ("step-3, which is none; name another", "--resume", other),
+        ("step-000003.pt, which is a file", "--resume", tmp_path / "step-000003.pt"),
         ("over which the cosine schedule", "--resume", run, "--steps", 60),
         ("there is nothing left to train", "--resume", out),
     ):
-        assert_one_line(train("--check", "--out", tmp_path, *options), says)
+        refuses(main, capsys, says, "--check", "--out", tmp_path / "out", *options)
+    later = "expected a directory without saved steps later than 3"
+    refuses(main, capsys, later, "--check", "--out", out, "--resume", run)
+
+
+def damaged(step: Path, name: str, how: str) -> None:
+    """Damage one file of a step."""
+    path = step / name
+    if how == "gone":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:100_000])
+    else:
+        flip_a_bit(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "says"),
+    [
+        ("manifest.json", "flipped", "manifest.json: expected CRC32"),
+        ("__1_0.distcp", "flipped", "expected CRC32"),
+        ("__1_0.distcp", "cut", "bytes, got 100000"),
+        ("__1_0.distcp", "gone", "expected a file of the checkpoint, got none"),
+    ],
+)
+def test_damaged_step_gets_one_line(two_ranks, tmp_path, main, capsys, name, how, says):
+    out, _ = two_ranks
+    step = shutil.copytree(out / "step-3", tmp_path / "step-3")
+    damaged(step, name, how)
+    where = ("--device", "cpu", "--out", tmp_path / "out")
+    refuses(main, capsys, says, *where, "--resume", step)
+    assert steps_in(tmp_path / "out") == []
+
+
+@pytest.mark.slow
+def test_two_ranks_refuse_a_damaged_step_with_one_voice(two_ranks, tmp_path):
+    out, _ = two_ranks
+    step = shutil.copytree(out / "step-3", tmp_path / "step-3")
+    flip_a_bit(step / "__1_0.distcp")
+    refused = train("--resume", step, "--out", tmp_path / "out", ranks=2)
+    assert refused.returncode != 0
+    assert refused.stderr.count("train.py: error: --resume: ") == 1
+    assert "expected CRC32" in refused.stderr
 
 
 def test_only_one_rank_refuses():
@@ -237,5 +393,5 @@ def test_help_needs_no_torch():
         [sys.executable, "-E", "-S", str(SCRIPT), "--help"], capture_output=True, text=True
     )
     assert shown.returncode == 0
-    for option in ("--optimizer", "--scheduler", "--resume", "--gradients", "--clip"):
+    for option in ("--optimizer", "--scheduler", "--resume", "--gradients", "--clip", "--keep"):
         assert option in shown.stdout
