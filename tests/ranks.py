@@ -51,6 +51,7 @@ def on_ranks(
     backend: str = "gloo",
     device: str | None = None,  # "cpu", or "cuda" where the backend is NCCL
     also_on_gpu: bool = False,
+    slow: Iterable[int] = (),  # those of world_sizes that only run in `make test-all`
     timeout: float = TIMEOUT,  # seconds
 ):
     """Run the decorated body on every rank, once for each of ``world_sizes``.
@@ -58,7 +59,8 @@ def on_ranks(
     The body may take ``world_size``, ``rank``, ``device`` (a ``torch.device``),
     ``tmp_path`` (one folder for all ranks), what ``pytest.mark.parametrize``
     gives it, and any fixture whose value can be pickled. On ``device="cuda"``
-    the test is marked ``gpu``; with ``also_on_gpu`` it runs on ``GPU_WORLDS`` too.
+    the test is marked ``gpu``; with ``also_on_gpu`` it runs on ``GPU_WORLDS`` too. World sizes
+    in ``slow`` are marked so.
     """
     device = device or ("cuda" if backend == "nccl" else "cpu")
     worlds = [World(size, backend, device) for size in world_sizes]
@@ -83,7 +85,10 @@ def on_ranks(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
             for name in dict.fromkeys([*given_by_pytest, "world", "pytestconfig"])
         )
-        cases = [pytest.param(world, id=str(world), marks=_marks(world)) for world in worlds]
+        cases = [
+            pytest.param(world, id=str(world), marks=_marks(world, world.size in slow))
+            for world in worlds
+        ]
         return pytest.mark.parametrize("world", cases)(test)
 
     return decorate
@@ -203,8 +208,9 @@ class RankPool:
 _idle_pools: dict[World, RankPool] = {}  # the least recently used first
 
 
-def _marks(world: World) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.gpu] if world.device == "cuda" else []
+def _marks(world: World, is_slow: bool) -> list[pytest.MarkDecorator]:
+    on_gpu = [pytest.mark.gpu] if world.device == "cuda" else []
+    return [*on_gpu, pytest.mark.slow] if is_slow else on_gpu
 
 
 def _lacking(world: World) -> str:

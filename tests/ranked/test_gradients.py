@@ -156,7 +156,7 @@ def loss_of_some(model: nn.Module, seed: int, rank: int) -> Tensor:
     return torch.stack(losses).sum() if losses else torch.zeros(())
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @every_way
 @pytest.mark.parametrize("name", DENSE)
 def test_every_class_equals_its_twin(kind, name, rank, world_size):

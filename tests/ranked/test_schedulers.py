@@ -26,7 +26,7 @@ KERNELS = {
 WORDS_OF_WRONG_ORDER = r"Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`"
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize("algorithm", CYCLING)
 @pytest.mark.parametrize("row", ROWS)
 def test_matches_unsharded(row, algorithm):
@@ -37,7 +37,7 @@ def test_matches_unsharded(row, algorithm):
     assert ours.saved()["scheduler"] == twin.saved()["scheduler"]
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize("algorithm", CYCLING)
 def test_every_rank_has_but_a_part(algorithm, world_size):
     """The guard of this file: what is compared above was in truth cut over the ranks."""
@@ -53,7 +53,7 @@ def test_every_rank_has_but_a_part(algorithm, world_size):
     assert 0 < held < total if world_size > 1 else held >= total - states_per_element
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize("row", ROWS)
 def test_resume_from_state_dicts(row):
     """Saved half-way and gone on with in fresh objects, as if never interrupted."""
@@ -70,7 +70,7 @@ def test_resume_from_state_dicts(row):
     assert resumed.saved()["scheduler"] == whole.saved()["scheduler"]
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize("row", WITH_LAST_EPOCH)
 def test_resume_with_last_epoch(row):
     """``last_epoch=`` goes on from the ``initial_lr`` that the optimizer's state dict carries."""
@@ -87,7 +87,7 @@ def test_resume_with_last_epoch(row):
     assert_same(ours, twin)
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize("row", ROWS)
 def test_lr_held_in_a_tensor(row):
     """A scheduler writes into the lr tensor of each group in place; the shards see it."""
@@ -99,7 +99,7 @@ def test_lr_held_in_a_tensor(row):
         assert group["lr"] is tensor
 
 
-@on_ranks(1, 2, 3, also_on_gpu=True)
+@on_ranks(1, 2, 3, slow=[3], also_on_gpu=True)
 @pytest.mark.parametrize("choice", KERNELS)
 @pytest.mark.parametrize("row", ["CyclicLR momentum lists", "OneCycleLR lists"])
 def test_every_kernel_follows_momentum_and_betas(row, choice, device):
@@ -110,7 +110,7 @@ def test_every_kernel_follows_momentum_and_betas(row, choice, device):
     assert_same(ours, twin)
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_lambda_state_keeps_objects_and_drops_lambdas():
     """A callable object's attributes are saved and come back; a lambda leaves None."""
     row = Row("mixed", LambdaLR, {"lr_lambda": [Decay(0.5), lambda epoch: 0.9**epoch]})
@@ -126,7 +126,7 @@ def test_lambda_state_keeps_objects_and_drops_lambdas():
     assert resumed.scheduler.last_epoch == 3
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_wrong_order_warns():
     """``scheduler.step()`` before the first ``optimizer.step()`` skips a value: torch's warning."""
     run = start("StepLR gamma", "SGD", sharded=True)
@@ -134,7 +134,7 @@ def test_wrong_order_warns():
         run.scheduler.step()
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize("closure", [False, True])
 def test_right_order_does_not_warn(closure):
     """No warning for the right order, be ``step`` called alone or with a closure."""
@@ -149,7 +149,7 @@ def test_right_order_does_not_warn(closure):
     assert_alive(run)
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize("algorithm", CYCLING)
 def test_get_lr_of_cyclic_lr_moves_the_momentum(algorithm):
     """``CyclicLR.get_lr`` counts ``last_epoch`` as the batch and cycles momentum on the side."""
@@ -172,7 +172,7 @@ def test_get_lr_of_cyclic_lr_moves_the_momentum(algorithm):
     assert seen[0] == seen[1]
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_a_class_without_momentum_is_refused_as_torch_does():
     """CyclicLR reads ``defaults``, so they must be those of the inner class."""
     row = Row("off", CyclicLR, {"base_lr": 0.01, "max_lr": 0.1})
@@ -181,7 +181,7 @@ def test_a_class_without_momentum_is_refused_as_torch_does():
             start(row, "Adagrad", sharded=sharded)
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_two_schedulers_over_one_optimizer():
     """Each patches ``step`` at most once, and both drive the same groups."""
     runs = []
