@@ -273,10 +273,20 @@ def test_cosine_annealing_follows_its_formula():
 # -- README.md -------------------------------------------------------------------------------------
 
 
-def recipe_of(heading: str) -> str:
-    """The first block of Python below a heading of README.md."""
+def blocks_of(heading: str) -> list[str]:
+    """The blocks of Python below a heading of README.md."""
     text = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
-    return text.split(f"## {heading}\n")[1].split("```python\n")[1].split("```")[0]
+    section = text.split(f"## {heading}\n")[1].split("\n## ")[0]
+    return [block.split("```")[0] for block in section.split("```python\n")[1:]]
+
+
+# What a way of saving takes of them, in their order.
+WAYS = {"save": [0], "async_save": [0, 1], "torch.save": [0, 2]}
+
+
+def test_every_block_of_the_recipe_is_tried():
+    numbers = {number for way in WAYS.values() for number in way}
+    assert numbers == set(range(len(blocks_of("Saving and resuming"))))
 
 
 def go_on(model, optimizer, scheduler, epochs):
@@ -292,18 +302,21 @@ def inputs_of(epoch: int) -> torch.Tensor:
 
 
 @on_ranks(3)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 3), (1, 3), (3, 1)])
-def test_saving_and_resuming(before, after, rank, tmp_path):
+def test_saving_and_resuming(way, before, after, rank, tmp_path):
     """Interrupted after three epochs, resumed on other ranks; equal to one training in torch."""
 
     def recipe(num_ranks: int) -> dict:
         group = dist.new_group(range(num_ranks))
         construct = functools.partial(ShardedOptimizer, process_group=group, kernel="torch")
         names = {"make_model": make_model, "rank": rank}
-        exec(compile(recipe_of("Saving and resuming"), "README.md", "exec"), names)
+        for number in WAYS[way]:
+            block = blocks_of("Saving and resuming")[number]
+            exec(compile(block, "README.md", "exec"), names)
         return names | {"shardopt": SimpleNamespace(ShardedOptimizer=construct), "group": group}
 
-    path = f"{tmp_path}/saved.pt"
+    path = f"{tmp_path}/saved"
     for num_ranks, epochs in ((before, range(3)), (after, range(3, 6))):
         names = recipe(num_ranks)
         if rank < num_ranks:
@@ -311,7 +324,9 @@ def test_saving_and_resuming(before, after, rank, tmp_path):
             if epochs[0] == 0:
                 trained = names["construct"]()
                 go_on(*trained, epochs)
-                names["save"](path, epochs[-1], *trained)
+                saving = names["save"](path, epochs[-1], *trained)
+                if way == "async_save":
+                    saving.result()
             else:
                 *trained, first = names["resume"](path)
                 assert first == epochs[0]
