@@ -30,7 +30,7 @@ from torch.optim import AdamW
 
 from shardopt import ShardedOptimizer
 from shardopt.checkpoint import async_save, latest, load, save
-from shardopt.checkpoint.steps import step_of, steps_in
+from shardopt.checkpoint.steps import number_of, steps_in
 from shardopt.checkpoint.verify import verify
 
 RANKS = 2
@@ -193,14 +193,14 @@ def judge(
         verify(path)
     newest = latest(directory)
     assert newest == (steps[0] if steps else None)
-    told = max(job.saved, step_of(before) if before else 0)
-    assert (step_of(newest) if newest else 0) in (told, told + 1), (newest, told)
+    told = max(job.saved, number_of(before) if before else 0)
+    assert (number_of(newest) if newest else 0) in (told, told + 1), (newest, told)
     assert len(steps) >= min(told, KEEP), steps
     if survivors:
         assert not under_way(directory), debris(directory)
     if unfinished:
         return "under way"
-    return "committed" if newest and step_of(newest) > told else "between"
+    return "committed" if newest and number_of(newest) > told else "between"
 
 
 def run(directory: Path, kills: int, seed: int = 0) -> Counter[str]:

@@ -20,6 +20,7 @@ from shardopt.checkpoint.boxes import Box
 from shardopt.checkpoint.covered import check_covered
 from shardopt.checkpoint.crc import BLOCK
 from shardopt.checkpoint.entries import ITEMSIZE, RESTORE, Chunk, FileEntry, TensorEntry
+from shardopt.checkpoint.steps import number_of
 from shardopt.errors import CorruptError, IncompleteError
 
 NAME = "manifest.json"
@@ -153,7 +154,14 @@ def read_manifest(directory: Path) -> Manifest:
             f"{directory}: expected a checkpoint with {NAME}, got none; name the directory of one "
             "step (step-N)"
         ) from None
-    return parse_manifest(data, path)
+    manifest = parse_manifest(data, path)
+    if number_of(directory) not in (None, manifest.step):
+        raise CorruptError(
+            f"{path}: expected the manifest of {directory.name}, got that of step "
+            f"{manifest.step}; if the directory was renamed, give it its own name back, else use a "
+            "copy"
+        )
+    return manifest
 
 
 def parse_manifest(data: bytes, path: Path) -> Manifest:

@@ -9,6 +9,7 @@ from shardopt.checkpoint.manifest import NAME, RESTORE, Manifest, is_ours, read_
 from shardopt.checkpoint.opened import ReadsBoxes, Source
 from shardopt.checkpoint.plain import TensorKey, decode, map_tensors
 from shardopt.checkpoint.reader import Reader
+from shardopt.checkpoint.steps import steps_in
 from shardopt.errors import CorruptError, IncompleteError
 
 __all__ = ["ReadsBoxes", "Source", "open_source"]
@@ -37,6 +38,11 @@ def open_source(path: Path) -> Source:
         from shardopt.checkpoint.foreign import open_torch_file
 
         return open_torch_file(path)
+    if steps := steps_in(path):
+        raise IncompleteError(
+            f"{path}: expected the directory of one step, got one of {len(steps)} steps; name one "
+            f"of them: {steps[0]}"
+        )
     raise IncompleteError(
         f"{path}: expected the directory of one step (step-N), a directory of "
         "torch.distributed.checkpoint, or a file of torch.save, got none of these; correct the path"

@@ -30,16 +30,15 @@ _LEFT_OVER = re.compile(r"step-\d+\.(tmp|gone)-\w+")
 
 def steps_in(directory: Path) -> list[Path]:
     """The steps that were committed, newest first."""
-    named = (path for path in directory.glob("step-*") if _NAME.fullmatch(path.name))
-    found = [path for path in named if path.is_dir()]
-    return sorted(found, key=step_of, reverse=True)
+    numbered = {path: number_of(path) for path in directory.glob("step-*") if path.is_dir()}
+    found = [(number, path) for path, number in numbered.items() if number is not None]
+    return [path for _, path in sorted(found, reverse=True)]
 
 
-def step_of(path: Path) -> int:
-    """The number in the name of a step's directory."""
+def number_of(path: Path) -> int | None:
+    """The number in the name of a step's directory; ``None`` of any other."""
     match = _NAME.fullmatch(path.name)
-    assert match, path
-    return int(match[1])
+    return int(match[1]) if match else None
 
 
 class NewStep:

@@ -123,4 +123,4 @@ def test_a_file_of_another_step(name, run, written):
 
 def test_the_manifest_of_another_step(run, written):
     shutil.copyfile(run / "step-1" / NAME, run / "step-2" / NAME)
-    assert_noticed(run, written[1], CorruptError, [RANKS_FILE])
+    assert_noticed(run, written[1], CorruptError, ["step-2, got that of step 1"])

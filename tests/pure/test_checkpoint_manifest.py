@@ -10,6 +10,7 @@ from shardopt.checkpoint.boxes import Box
 from shardopt.checkpoint.crc import BLOCK
 from shardopt.checkpoint.manifest import (
     HEADER,
+    NAME,
     Chunk,
     FileEntry,
     Manifest,
@@ -79,6 +80,16 @@ def edited(*keys, to) -> bytes:
 
 def test_the_edit_alone_is_no_error():
     assert parse_manifest(edited("step", to=4), PATH) == small()
+
+
+def test_a_step_under_the_name_of_another_is_refused(tmp_path):
+    written = small()
+    for number in (written.step, 77):
+        (tmp_path / f"step-{number}").mkdir()
+        (tmp_path / f"step-{number}" / NAME).write_bytes(written.to_bytes())
+    assert read_manifest(tmp_path / f"step-{written.step}") == written
+    with pytest.raises(CorruptError, match="expected the manifest of step-77, got that of step"):
+        read_manifest(tmp_path / "step-77")
 
 
 CHUNK = ("tensors", "w", 3, 1)
