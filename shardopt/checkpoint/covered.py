@@ -37,16 +37,21 @@ def check_covered(
             )
         for chunk in entry.chunks:
             _check_chunk(path, key, entry, chunk, files)
-        _check_disjoint(path, key, entry)
+        if len(entry.chunks) > 1:
+            _check_disjoint(path, key, entry)
 
 
 def _check_chunk(
     path: Path, key: str, entry: TensorEntry, chunk: Chunk, files: Mapping[str, FileEntry]
 ) -> None:
     box, size = chunk.box, chunk.box.numel * entry.itemsize
-    inside = len(box.offsets) == len(entry.shape) and all(
-        0 <= offset <= offset + length <= whole
-        for offset, length, whole in zip(box.offsets, box.sizes, entry.shape, strict=True)
+    whole = box.sizes == entry.shape and not any(box.offsets)
+    inside = whole or (
+        len(box.offsets) == len(entry.shape)
+        and all(
+            0 <= offset <= offset + length <= whole
+            for offset, length, whole in zip(box.offsets, box.sizes, entry.shape, strict=True)
+        )
     )
     known = chunk.file in files
     if not inside or not known or not 0 <= chunk.offset <= files[chunk.file].size - size:
@@ -63,8 +68,6 @@ def _check_chunk(
 
 def _check_disjoint(path: Path, key: str, entry: TensorEntry) -> None:
     """Chunks of the right number of elements leave a gap only where two of them overlap."""
-    if len(entry.chunks) == 1:
-        return
     order = entry.order or tuple(range(len(entry.shape)))
     whole = Box.whole(entry.shape).permuted(order)
     boxes = [chunk.box.permuted(order) for chunk in entry.chunks if chunk.box.numel]

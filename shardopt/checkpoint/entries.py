@@ -31,7 +31,7 @@ class Chunk:
     order: tuple[int, ...] | None = None  # of dims in the bytes, if not the tensor's own
 
     def __post_init__(self) -> None:
-        if self.crcs is not None:  # 4 bytes each, where a tuple takes 40
+        if not isinstance(self.crcs, array | None):  # 4 bytes each, where a tuple takes 40
             object.__setattr__(self, "crcs", array("I", self.crcs))
 
 

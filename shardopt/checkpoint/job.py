@@ -11,13 +11,11 @@ What fails on one rank fails on all, and leaves nothing of this step.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import uuid
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from shardopt.checkpoint.manifest import (
     Manifest,
     TensorEntry,
     file_header,
+    no_collection,
     tensor_from_json,
     tensor_to_json,
 )
@@ -42,22 +41,6 @@ from shardopt.comm import Collectives, choose_collectives
 from shardopt.comm.collectives import gather_texts
 from shardopt.errors import CheckpointError
 from shardopt.guard import agree, all_or_none
-
-
-@contextmanager
-def no_collection() -> Iterator[None]:
-    """No search for cycles meanwhile, where many objects are made that soon go together.
-
-    They would set off searches through all objects of the process, torch's own among them, which
-    take longer than the rest of a save of small tensors.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class Job:

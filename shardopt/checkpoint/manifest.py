@@ -7,11 +7,13 @@ end in memory order, in one file, with a CRC32 to every block.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,8 +107,8 @@ def tensor_from_json(data: Sequence[Any]) -> TensorEntry:
     ITEMSIZE[dtype]  # known
     return TensorEntry(
         dtype,
-        tuple(map(int, shape)),
-        tuple(map(int, order)) if order is not None else None,
+        _integers(shape),
+        None if order is None else _integers(order),
         [
             Chunk(
                 _box(offsets, sizes),
@@ -122,7 +124,13 @@ def tensor_from_json(data: Sequence[Any]) -> TensorEntry:
 def _box(offsets: Sequence[Any], sizes: Sequence[Any]) -> Box:
     if len(offsets) != len(sizes):
         raise ValueError(f"expected as many offsets as sizes, got {offsets} and {sizes}")
-    return Box(tuple(map(int, offsets)), tuple(map(int, sizes)))
+    return Box(_integers(offsets), _integers(sizes))
+
+
+def _integers(values: Sequence[Any]) -> tuple[int, ...]:
+    if not {*map(type, values)} <= {int}:
+        raise ValueError(f"expected integers, got {values}")
+    return tuple(values)
 
 
 def _file_from_json(entry: Sequence[Any]) -> FileEntry:
@@ -164,6 +172,23 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """No search for cycles meanwhile, where many objects are made at once.
+
+    They would set off searches through all objects of the process, torch's own among them, which
+    take longer than all the rest.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@no_collection()
 def parse_manifest(data: bytes, path: Path) -> Manifest:
     """See ``read_manifest``."""
     head, tail = b'{"crc32":"', b'","manifest":'

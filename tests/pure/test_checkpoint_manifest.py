@@ -1,5 +1,6 @@
 """The manifest: nothing in it changes unnoticed, nor does it say what cannot be."""
 
+import gc
 import json
 import zlib
 from pathlib import Path
@@ -80,6 +81,19 @@ def edited(*keys, to) -> bytes:
 
 def test_the_edit_alone_is_no_error():
     assert parse_manifest(edited("step", to=4), PATH) == small()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(enabled):
+    (gc.enable if enabled else gc.disable)()
+    try:
+        parse_manifest(small().to_bytes(), PATH)
+        assert gc.isenabled() == enabled
+        with pytest.raises(CorruptError):
+            parse_manifest(b"", PATH)
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
 
 
 def test_a_step_under_the_name_of_another_is_refused(tmp_path):
