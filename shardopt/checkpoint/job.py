@@ -78,7 +78,6 @@ class Job:
         if optimizer is None:
             agree(self.collectives, facts, "save alike on every rank")
         else:
-            optimizer.wait()
             optimizer._snapshot.agree(facts, optimizer.param_groups)
             self._facts["optimizer_class"] = optimizer._shard.class_of({})
         if scheduler is not None:
@@ -180,6 +179,7 @@ def _check_numbers(step: int, keep: int | None) -> None:
 
 def _write_file(new: NewStep, header: bytes, contents: Contents, number: int) -> bytes:
     """This rank's file; returns what the first rank is to know of it."""
+    new.enter()
     path = new.temporary / f"__{number}_0.distcp"
     entries, file = write_pieces(path, header, contents.pieces, number)
     told = {

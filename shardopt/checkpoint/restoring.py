@@ -120,7 +120,10 @@ def load(
 @contextmanager
 def _put_back_on_failure(optimizer: Any, scheduler: Any) -> Iterator[None]:
     """What is loaded by the code of classes and schedulers may be refused by it, on any rank."""
-    put_optimizer_back = None if optimizer is None else optimizer._remember()
+    put_optimizer_back = None
+    if optimizer is not None:
+        optimizer.wait()  # or what is on its way comes after what is loaded
+        put_optimizer_back = optimizer._remember()
     schedule = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
     try:
         yield

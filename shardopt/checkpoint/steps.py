@@ -42,7 +42,7 @@ def number_of(path: Path) -> int | None:
 
 
 class NewStep:
-    """The directory of one step while it is written; only ``begin`` and ``commit`` are one rank's.
+    """The directory of one step while it is written; ``begin`` and ``commit`` are one rank's.
 
     Args:
         directory: of all steps.
@@ -68,7 +68,14 @@ class NewStep:
         for path in self.directory.glob("step-*"):
             if _LEFT_OVER.fullmatch(path.name):
                 remove(path)
-        self.temporary.mkdir()
+
+    def enter(self) -> None:
+        """Make the directory to write in, whoever comes first.
+
+        After a message that all ranks have sent since they know its name: then whoever is left
+        after a failure can remove it.
+        """
+        self.temporary.mkdir(exist_ok=True)
 
     def commit(self) -> None:
         """Give the step its name, for good."""

@@ -26,6 +26,7 @@ def write(new):
 def begun(directory, step=5, run="one"):
     new = NewStep(directory, step, run)
     new.begin()
+    new.enter()
     write(new)
     return new
 
@@ -58,7 +59,7 @@ def test_the_next_attempt_removes_what_a_killed_one_has_left(tmp_path):
     (tmp_path / "step-notes").mkdir()  # somebody else's
     (tmp_path / "step-4").mkdir()
     NewStep(tmp_path, 6, "two").begin()
-    assert names(tmp_path) == ["step-4", "step-6.tmp-two", "step-notes"]
+    assert names(tmp_path) == ["step-4", "step-notes"]
 
 
 def test_a_rank_of_an_earlier_job_takes_nothing_from_a_later_one(tmp_path):
@@ -118,6 +119,7 @@ def take_part(role, directory, barrier):
         new = NewStep(directory, number, "one")
         if role == "first":
             new.begin()
+            new.enter()
             write(new)
         barrier.wait(60)
         time.sleep(draw.uniform(0, 0.004))

@@ -11,6 +11,7 @@ from torch.optim import AdamW
 
 from shardopt import Guards, ShardedOptimizer
 from shardopt.checkpoint import async_save, latest, load, save
+from shardopt.comm.torch_group import TorchCollectives
 from shardopt.errors import AgreementError, CheckpointError
 from tests.checkpoint_runs import SAVED_AT, STEPS, assert_same_run, start, undisturbed
 from tests.ranked.test_waits import DeferredCollectives
@@ -163,7 +164,7 @@ def test_extra_is_that_of_the_call(rank, tmp_path):
 
 
 @on_ranks(2, 3)
-def test_a_save_waits_for_parameters_on_their_way(rank, tmp_path):
+def test_a_save_needs_nothing_that_is_on_its_way(rank, tmp_path):
     """Gathers that start as late as possible, while only a part of the model knows of them."""
     model, twin = make_model(), make_model()
     optimizer = ShardedOptimizer(
@@ -176,6 +177,35 @@ def test_a_save_waits_for_parameters_on_their_way(rank, tmp_path):
     save(tmp_path, step=2, model=model, optimizer=optimizer)
     load(tmp_path, model=(other := make_model(1)))
     assert_same(other.state_dict(), twin.state_dict())
+
+
+class Late(TorchCollectives):
+    """What has been gathered reaches the buckets only when it is waited for."""
+
+    def all_gather(self, bucket, borders):
+        gathered = bucket.clone()
+        super().all_gather(gathered, borders).wait()
+        low, high = borders[self.rank], borders[self.rank + 1]
+
+        class Arrival:
+            def wait(self):
+                bucket[:low], bucket[high:] = gathered[:low], gathered[high:]
+
+        return Arrival()
+
+
+@on_ranks(2, 3)
+def test_a_load_is_not_overwritten_by_what_was_on_its_way(rank, tmp_path):
+    model = make_model()
+    optimizer = ShardedOptimizer(
+        model.parameters(), AdamW, Late(), bucket_cap_mb=SMALL_BUCKETS, lr=0.1
+    )
+    save(tmp_path, step=0, model=model, optimizer=optimizer)
+    optimizer.overlap_forward(model[4])  # the rest of the model waits for nothing by itself
+    train(model, optimizer, 0, 1)
+    load(tmp_path, model=model, optimizer=optimizer)
+    optimizer.wait()
+    assert_same(model.state_dict(), make_model().state_dict())
 
 
 @on_ranks(2)

@@ -85,7 +85,7 @@ UNLOADED = (
 FIRST_RANK = "test_checkpoint_faults.py::test_every_part_of_the_first_rank_may_fail"
 FULL_DISK = "test_checkpoint_faults.py::test_a_file_that_cannot_grow"
 IN_FLIGHT = "test_checkpoint_async.py::test_its_error_is_raised_on_every_rank_at_the_next_call"
-SAVED_LATE = "test_checkpoint_async.py::test_a_save_waits_for_parameters_on_their_way"
+ON_ITS_WAY = "test_checkpoint_async.py::test_a_load_is_not_overwritten_by_what_was_on_its_way"
 SUMS = "test_traffic.py::test_many_ranks_agree_by_one_sum_and_nothing_else"
 ON_FOUR_RANKS = (SUBGROUPS, MESH, MESH_STATE, MESH_START, MESH_NAMES, MESH_SUMS)
 
@@ -99,7 +99,6 @@ KILLERS = {
     "checkpoint/job.py::Job.collect::agree": OTHER_SAVE,
     "checkpoint/job.py::Job.collect::all_or_none": BAD_SCHEDULE,
     "checkpoint/job.py::Job.collect::all_or_none#2": UNKEPT,
-    "checkpoint/job.py::Job.collect::wait": SAVED_LATE,
     "checkpoint/job.py::Job.write::all_or_none": FIRST_RANK,
     "checkpoint/job.py::Job.write::all_or_none#2": FULL_DISK,
     "checkpoint/job.py::Job.write::gather_texts": RESUMED,
@@ -107,6 +106,7 @@ KILLERS = {
     "checkpoint/restoring.py::_agree_on_path::all_or_none": UNVERIFIED,
     "checkpoint/restoring.py::_agree_on_path::gather_texts": RESUMED,
     "checkpoint/restoring.py::load::agree": OTHER_DISK,
+    "checkpoint/restoring.py::_put_back_on_failure::wait": ON_ITS_WAY,
     "checkpoint/restoring.py::load::all_or_none": UNOPENED,
     "checkpoint/restoring.py::load::all_or_none#2": UNREAD,
     "checkpoint/restoring.py::load::all_or_none#3": UNLOADED,
