@@ -155,14 +155,14 @@ def debris(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir() if path not in steps)
 
 
-def under_way(directory: Path) -> bool:
-    """Whether a step is being written, or was left so."""
-    return any(directory.glob("step-*.tmp-*"))
+def under_way(directory: Path, known: set[Path]) -> bool:
+    """Whether a step is being written, or was left so, beside what was left before."""
+    return not set(directory.glob("step-*.tmp-*")) <= known
 
 
 def kill_once(directory: Path, draw: random.Random) -> str:
     """One job, killed at a random moment; returns in which state its step was found."""
-    before = latest(directory)
+    before, known = latest(directory), set(directory.glob("step-*.tmp-*"))
     job = Job(directory, in_flight=draw.random() < 0.3)
     everyone = list(range(RANKS))
     victims = everyone if draw.random() < 0.15 else [draw.randrange(RANKS)]
@@ -172,21 +172,21 @@ def kill_once(directory: Path, draw: random.Random) -> str:
         if draw.random() < 0.5:
             job.listen("saved", everyone)
         aimed_until = time.monotonic() + (1.0 if draw.random() < 0.6 else 0.0)
-        while not under_way(directory) and time.monotonic() < aimed_until:
+        while not under_way(directory, known) and time.monotonic() < aimed_until:
             pass
-        time.sleep(draw.uniform(0, 0.03))
-        unfinished = under_way(directory)
+        time.sleep(draw.uniform(0, 0.003 if under_way(directory, known) else 0.03))
+        unfinished = under_way(directory, known)
         job.kill(victims)
         job.listen("raised", survivors)
         assert sorted(job.raised) == survivors
     finally:
         job.close()
-    return judge(directory, before, job, survivors, unfinished)
+    if survivors:
+        assert not under_way(directory, known), debris(directory)
+    return judge(directory, before, job, unfinished)
 
 
-def judge(
-    directory: Path, before: Path | None, job: Job, survivors: list[int], unfinished: bool
-) -> str:
+def judge(directory: Path, before: Path | None, job: Job, unfinished: bool) -> str:
     """Nothing committed is lost, nothing half is there."""
     steps = steps_in(directory)
     for path in steps:
@@ -196,8 +196,6 @@ def judge(
     told = max(job.saved, number_of(before) if before else 0)
     assert (number_of(newest) if newest else 0) in (told, told + 1), (newest, told)
     assert len(steps) >= min(told, KEEP), steps
-    if survivors:
-        assert not under_way(directory), debris(directory)
     if unfinished:
         return "under way"
     return "committed" if newest and number_of(newest) > told else "between"
