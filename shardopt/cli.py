@@ -143,7 +143,7 @@ def _num_bytes(text: str) -> int:
 
 def _inspect(options: argparse.Namespace) -> int:
     from shardopt.checkpoint.inspection import describe, table
-    from shardopt.checkpoint.source import open_source
+    from shardopt.checkpoint.opening import open_source
 
     with open_source(_one_step(options.source)) as source:
         about = describe(source)
@@ -201,11 +201,12 @@ def _diff(options: argparse.Namespace) -> int:
 
 def _one_step(path: Path) -> Path:
     """The directory itself, or the newest complete step in it, which is said."""
+    from shardopt.checkpoint.manifest import NAME
     from shardopt.checkpoint.steps import steps_in
 
-    if not path.is_dir() or (path / "manifest.json").exists() or (path / ".metadata").exists():
+    if not path.is_dir() or (path / NAME).exists() or (path / ".metadata").exists():
         return path
-    complete = [step for step in steps_in(path) if (step / "manifest.json").exists()]
+    complete = [step for step in steps_in(path) if (step / NAME).exists()]
     if not complete:
         return path
     print(f"shardopt: {complete[0]}, the newest of {len(complete)}", file=sys.stderr)

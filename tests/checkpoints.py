@@ -8,14 +8,8 @@ import torch
 
 from shardopt.checkpoint.boxes import Box, boxes_of_range
 from shardopt.checkpoint.crc import block_crcs
-from shardopt.checkpoint.manifest import (
-    NAME,
-    Chunk,
-    FileEntry,
-    Manifest,
-    TensorEntry,
-    file_header,
-)
+from shardopt.checkpoint.entries import Chunk, FileEntry, TensorEntry
+from shardopt.checkpoint.manifest import NAME, Manifest, file_header
 from shardopt.checkpoint.plain import TensorKey, encode
 
 ALIGNMENT = 64

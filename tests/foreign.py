@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from shardopt.checkpoint.boxes import Box
-from shardopt.checkpoint.opened import Source
 from shardopt.checkpoint.plain import TensorKey
+from shardopt.checkpoint.source import Source
 
 
 class Trap:

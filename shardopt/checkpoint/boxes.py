@@ -34,6 +34,10 @@ class Box:
         """The same with dims in another order: dim ``i`` is what was ``order[i]``."""
         return Box(tuple(self.offsets[d] for d in order), tuple(self.sizes[d] for d in order))
 
+    def unpermuted(self, order: Sequence[int]) -> Box:
+        """What ``permuted`` was given."""
+        return self.permuted(sorted(range(len(order)), key=order.__getitem__))
+
     def overlap(self, other: Box) -> Box | None:
         """The part that lies in both, if any does."""
         offsets, sizes = [], []
@@ -46,24 +50,23 @@ class Box:
             sizes.append(high - low)
         return Box(tuple(offsets), tuple(sizes))
 
-    def span(self, inner: Box) -> tuple[int, int]:
-        """Between which of this box's elements, laid end to end, those of a box inside lie."""
-        strides = contiguous_strides(self.sizes)
-        first = last = 0
-        parts = zip(inner.offsets, inner.sizes, self.offsets, strides, strict=True)
-        for offset, size, origin, stride in parts:
-            first += (offset - origin) * stride
-            last += (offset - origin + size - 1) * stride
-        return first, last + 1
-
     def __str__(self) -> str:
         ranges = (f"{o}:{o + s}" for o, s in zip(self.offsets, self.sizes, strict=True))
         return f"[{', '.join(ranges)}]"
 
 
-def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a row-major tensor."""
-    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+def strides_of(sizes: Sequence[int], order: Sequence[int] | None = None) -> tuple[int, ...]:
+    """Strides of a dense tensor whose dims lie in ``order``, outermost first; row-major if none."""
+    strides, stride = [0] * len(sizes), 1
+    for dim in reversed(dims_in(order, len(sizes))):
+        strides[dim] = stride
+        stride *= sizes[dim]
+    return tuple(strides)
+
+
+def dims_in(order: Sequence[int] | None, ndim: int) -> Sequence[int]:
+    """All dims in ``order``, in their own if there is none."""
+    return range(ndim) if order is None else order
 
 
 def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
@@ -112,7 +115,45 @@ def cut(box: Box, max_numel: int) -> Iterator[Box]:
         yield from cut(Box(tuple(offsets), tuple(sizes)), max_numel)
 
 
-def order_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:
+def stretch(
+    shape: Sequence[int], order: Sequence[int] | None, start: int, stop: int
+) -> Iterator[Box]:
+    """The boxes of elements ``[start, stop)`` of a tensor, as they lie in memory."""
+    dims = dims_in(order, len(shape))
+    for box in boxes_of_range([shape[dim] for dim in dims], start, stop):
+        yield box.unpermuted(dims)
+
+
+def slices(box: Box, order: Sequence[int] | None, max_numel: int) -> Iterator[Box]:
+    """``cut`` along the outermost dim in memory: elements of each slice lie end to end."""
+    dims = dims_in(order, len(box.sizes))
+    for part in cut(box.permuted(dims), max_numel):
+        yield part.unpermuted(dims)
+
+
+def overlapping(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
+    """Two boxes that have an element in common, if there are any.
+
+    Only those are compared that overlap along the dim in which boxes differ most.
+    """
+    boxes = [box for box in boxes if box.numel]
+    if len(boxes) < 2:
+        return None
+    dims = range(len(boxes[0].offsets))
+    if not dims:
+        return boxes[0], boxes[1]
+    dim = max(dims, key=lambda dim: len({box.offsets[dim] for box in boxes}))
+    boxes.sort(key=lambda box: box.offsets[dim])
+    for place, one in enumerate(boxes):
+        for other in boxes[place + 1 :]:
+            if other.offsets[dim] >= one.offsets[dim] + one.sizes[dim]:
+                break
+            if one.overlap(other):
+                return one, other
+    return None
+
+
+def order_of(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
     """Dims from outermost to innermost, of a dense tensor; ``None`` if that is their order.
 
     Dims of one element lie anywhere, and stay where they are.

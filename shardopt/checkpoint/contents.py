@@ -7,7 +7,6 @@ and ``extra`` are the first rank's.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from shardopt.buffers import dense_strides, in_memory_order
-from shardopt.checkpoint.boxes import order_of
-from shardopt.checkpoint.manifest import ITEMSIZE, TensorEntry
+from shardopt.checkpoint.arguments import unwrapped
+from shardopt.checkpoint.entries import TensorEntry
+from shardopt.checkpoint.garbage import no_collection
 from shardopt.checkpoint.plain import TensorKey, encode
+from shardopt.checkpoint.tensors import entry_of
 from shardopt.comm import Collectives
 from shardopt.errors import UnsupportedError
 from shardopt.local_state import states_of
@@ -57,6 +58,7 @@ class Contents:
     pieces: list[Piece] = field(default_factory=list)
 
 
+@no_collection()
 def contents_of(
     collectives: Collectives, model: Any, optimizer: Any, scheduler: Any, extra: Any
 ) -> Contents:
@@ -77,17 +79,6 @@ def contents_of(
     if extra is not None:
         collector.add_plain("extra", extra)
     return collector.contents
-
-
-def unwrapped(model: Any) -> Any:
-    """The module within ``DistributedDataParallel`` and ``torch.compile``, whose names count."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
 
 
 def parameter_keys(shard: Shard, model: nn.Module | None) -> list[str]:
@@ -154,7 +145,8 @@ class _Collector:
             parameter, strides = shard.parameters[index].detach(), shard.buffers.strides[index]
             data = in_memory_order(parameter, strides)
             part = data[segment.offset : segment.offset + segment.numel]
-            self._add(Piece(key, _entry(parameter, strides, key), segment.offset, part))
+            entry = entry_of(key, parameter.dtype, parameter.shape, strides)
+            self._add(Piece(key, entry, segment.offset, part))
 
     def add_optimizer(self, shard: Shard, groups: list[dict[str, Any]], keys: list[str]) -> None:
         """Options, and this rank's part of the state."""
@@ -211,7 +203,7 @@ class _Collector:
             if isinstance(value := state[name], Tensor):
                 key = TensorKey(f"{prefix}.{name}")
                 _check_dense(value, key.key)
-                entry = _entry(parameter, strides, key.key, value.dtype)
+                entry = entry_of(key.key, value.dtype, parameter.shape, strides)
                 data = in_memory_order(value.detach(), dense_strides(value))
                 self._add(Piece(key.key, entry, segment.offset, data))
                 entries[name] = key
@@ -226,7 +218,7 @@ class _Collector:
                 return [cut(item, f"{key}.{number}") for number, item in enumerate(vector)]
             if not isinstance(vector, Tensor):
                 return vector
-            entry = TensorEntry(_dtype_name(vector.dtype, key), (length,))
+            entry = entry_of(key, vector.dtype, (length,))
             for there, here in spans_of(shard, self._rank):
                 self._add(Piece(key, entry, there.start, vector.detach()[here]))
             return TensorKey(key)
@@ -250,13 +242,10 @@ class _Collector:
     def _add_whole(self, key: str, tensor: Tensor) -> None:
         _check_dense(tensor, key)
         tensor = tensor.detach().resolve_conj().resolve_neg()
-        if tensor.is_contiguous():
-            entry = TensorEntry(_dtype_name(tensor.dtype, key), tuple(tensor.shape))
-            self._add(Piece(key, entry, 0, tensor.view(-1)))
-        else:
-            strides = dense_strides(tensor)
-            data = in_memory_order(tensor, strides)
-            self._add(Piece(key, _entry(tensor, strides, key), 0, data))
+        # Most are row-major, and a save may have thousands of them.
+        strides = None if tensor.is_contiguous() else dense_strides(tensor)
+        data = tensor.view(-1) if strides is None else in_memory_order(tensor, strides)
+        self._add(Piece(key, entry_of(key, tensor.dtype, tensor.shape, strides), 0, data))
 
     def _add(self, piece: Piece) -> None:
         if self._writes:
@@ -270,27 +259,3 @@ def _check_dense(tensor: Tensor, key: str) -> None:
             f"{key}: expected a dense tensor, got {type(tensor).__name__} "
             f"({tensor.layout}); a checkpoint keeps no others: convert it"
         )
-
-
-def _entry(
-    tensor: Tensor, strides: tuple[int, ...], key: str, dtype: torch.dtype | None = None
-) -> TensorEntry:
-    name = _dtype_name(dtype or tensor.dtype, key)
-    return TensorEntry(name, tuple(tensor.shape), order_of(tensor.shape, strides))
-
-
-def _dtype_name(dtype: torch.dtype, key: str) -> str:
-    name = str(dtype).removeprefix("torch.")
-    if name not in ITEMSIZE:
-        raise UnsupportedError(
-            f"{key}: expected a tensor of one of {', '.join(ITEMSIZE)}, got {name}; convert it"
-        )
-    return name
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor; good as long as the tensor lives."""
-    size = tensor.numel() * tensor.itemsize
-    if size == 0:
-        return memoryview(bytearray())
-    return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import combinations, pairwise
 from pathlib import Path
 
-from shardopt.checkpoint.boxes import Box
+from shardopt.checkpoint.boxes import overlapping
 from shardopt.checkpoint.crc import BLOCK
 from shardopt.checkpoint.entries import RESTORE, Chunk, FileEntry, TensorEntry
 from shardopt.errors import CorruptError
@@ -37,16 +36,20 @@ def check_covered(
             )
         for chunk in entry.chunks:
             _check_chunk(path, key, entry, chunk, files)
-        if len(entry.chunks) > 1:
-            _check_disjoint(path, key, entry)
+        # Chunks of the right number of elements leave a gap only where two of them overlap.
+        if overlapping([chunk.box for chunk in entry.chunks]):
+            raise CorruptError(
+                f"{path}: tensor {key!r}: expected chunks beside one another, got two that "
+                f"overlap; {RESTORE}"
+            )
 
 
 def _check_chunk(
     path: Path, key: str, entry: TensorEntry, chunk: Chunk, files: Mapping[str, FileEntry]
 ) -> None:
     box, size = chunk.box, chunk.box.numel * entry.itemsize
-    whole = box.sizes == entry.shape and not any(box.offsets)
-    inside = whole or (
+    is_whole = box.sizes == entry.shape and not any(box.offsets)
+    inside = is_whole or (
         len(box.offsets) == len(entry.shape)
         and all(
             0 <= offset <= offset + length <= whole
@@ -64,19 +67,3 @@ def _check_chunk(
             f"{path}: tensor {key!r}: expected {-(-size // BLOCK)} checksums for {box}, got "
             f"{len(chunk.crcs)}; {RESTORE}"
         )
-
-
-def _check_disjoint(path: Path, key: str, entry: TensorEntry) -> None:
-    """Chunks of the right number of elements leave a gap only where two of them overlap."""
-    order = entry.order or tuple(range(len(entry.shape)))
-    whole = Box.whole(entry.shape).permuted(order)
-    boxes = [chunk.box.permuted(order) for chunk in entry.chunks if chunk.box.numel]
-    spans = sorted(whole.span(box) for box in boxes)
-    if all(one[1] <= other[0] for one, other in pairwise(spans)):
-        return
-    for one, other in combinations(boxes, 2):
-        if one.overlap(other):
-            raise CorruptError(
-                f"{path}: tensor {key!r}: expected chunks beside one another, got two that "
-                f"overlap; {RESTORE}"
-            )

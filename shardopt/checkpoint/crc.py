@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import zlib
+from array import array
 from collections.abc import Sequence
 from functools import lru_cache
 
 BLOCK = 1 << 16  # bytes: the least that is checked, so the least that is read
 
 
-def block_crcs(data: memoryview) -> list[int]:  # one for each block, the last one may be short
+def block_crcs(data: memoryview) -> array[int]:  # one for each block, the last may be short
     """CRC32 of each block of some bytes."""
     crc32 = zlib.crc32
-    return [crc32(data[start : start + BLOCK]) for start in range(0, len(data), BLOCK)]
+    blocks = range(0, len(data), BLOCK)
+    return array("I", [crc32(data[start : start + BLOCK]) for start in blocks])
 
 
 def crc_of_blocks(crcs: Sequence[int], length: int) -> int:

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.utils._pytree import tree_flatten
 
 from shardopt.checkpoint.blobs import surroundings
-from shardopt.checkpoint.manifest import TensorEntry
+from shardopt.checkpoint.entries import TensorEntry
 from shardopt.checkpoint.plain import TensorKey, map_tensors
 
 VALUES = "values.distcp"  # plain values, each as torch saves it
@@ -37,22 +37,20 @@ def dcp_files(
     tensors: Mapping[str, TensorEntry],
 ) -> tuple[bytes, bytes]:
     """The contents of ``.metadata`` and of the file with plain values."""
-    stand_ins: dict[int, str] = {}
+    stand_ins: dict[int, tuple[Tensor, TensorEntry]] = {}
 
     def stand_in(key: TensorKey) -> Tensor:
         tensor = torch.empty(0, device="meta")
-        stand_ins[id(tensor)] = key.key
-        kept.append(tensor)
+        stand_ins[id(tensor)] = tensor, tensors[key.key]
         return tensor
 
-    kept: list[Tensor] = []
     flat, paths = flatten_state_dict(map_tensors(tree, stand_in))
     described: dict[str, Any] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     values = io.BytesIO()
     for name, value in flat.items():
         if isinstance(value, Tensor):
-            entry = tensors[stand_ins[id(value)]]
+            _, entry = stand_ins[id(value)]
             described[name] = _described(entry)
             places.update(_places(name, entry))
         elif any(isinstance(leaf, Tensor) for leaf in tree_flatten(value)[0]):
@@ -96,8 +94,8 @@ def _chunk(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> ChunkStorageMeta
 def _places(name: str, entry: TensorEntry) -> Iterator[tuple[MetadataIndex, _StorageInfo]]:
     """Where the archive around each chunk lies."""
     for chunk in entry.chunks:
+        around = surroundings(entry.dtype, chunk.box.sizes, entry.order)
         nbytes = chunk.box.numel * entry.itemsize
-        before, after = surroundings(entry.dtype, chunk.box.sizes, entry.order, nbytes)
-        length = len(before) + nbytes + len(after)
-        start = chunk.offset - len(before)
+        length = len(around.before) + nbytes + len(around.after)
+        start = chunk.offset - len(around.before)
         yield MetadataIndex(name, _size(chunk.box.offsets)), _StorageInfo(chunk.file, start, length)

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
-from shardopt.checkpoint.manifest import TensorEntry
-from shardopt.checkpoint.plain import TensorKey
+from shardopt.checkpoint.boxes import Box, slices
+from shardopt.checkpoint.entries import TensorEntry
+from shardopt.checkpoint.opening import open_source
+from shardopt.checkpoint.plain import TensorKey, place
 from shardopt.checkpoint.safetensors_file import logical
-from shardopt.checkpoint.source import Source, open_source
-from shardopt.checkpoint.stream import Stream, in_memory_order
-from shardopt.checkpoint.trees import leaves, place
+from shardopt.checkpoint.source import Source
+from shardopt.checkpoint.stream import Stream
+from shardopt.checkpoint.trees import leaves
 
 _NUMEL = 1 << 18  # elements compared at once: 2 MB where they are compared in double
 
@@ -135,7 +137,7 @@ class _Comparison:
     def _tensors(self, *both: tuple[str, TensorEntry]) -> TensorDifference:
         entry = both[0][1]
         result = TensorDifference(entry.numel)
-        for box in in_memory_order(entry, _NUMEL):
+        for box in slices(Box.whole(entry.shape), entry.order, _NUMEL):
             if box.numel:
                 x, y = (
                     logical(stream.read(key, box), of, box)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -27,12 +26,8 @@ class Chunk:
     box: Box
     file: str  # name within the checkpoint
     offset: int  # of the first byte
-    crcs: Sequence[int] | None  # of each block; ``None`` in a checkpoint that has none
+    crcs: array[int] | None  # 4 bytes for each block; ``None`` in a checkpoint that has none
     order: tuple[int, ...] | None = None  # of dims in the bytes, if not the tensor's own
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.crcs, array | None):  # 4 bytes each, where a tuple takes 40
-            object.__setattr__(self, "crcs", array("I", self.crcs))
 
 
 @dataclass

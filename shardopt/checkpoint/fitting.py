@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from shardopt.checkpoint.boxes import order_of
 from shardopt.checkpoint.contents import parameter_keys
-from shardopt.checkpoint.manifest import TensorEntry
+from shardopt.checkpoint.entries import TensorEntry
 from shardopt.checkpoint.plain import TensorKey, map_tensors
 from shardopt.checkpoint.source import Source
 from shardopt.checkpoint.tensor_reader import TensorReader
+from shardopt.checkpoint.tensors import dtype_name
 from shardopt.errors import MismatchError
 from shardopt.shard import Shard
 from shardopt.state.load import check_groups, check_state
@@ -54,7 +54,7 @@ class Fitting:
         return tensors
 
     def _fits(self, name: str, own: Any, entry: TensorEntry) -> bool:
-        expected = f"{str(own.dtype).removeprefix('torch.')} {tuple(own.shape)}"
+        expected = str(TensorEntry(dtype_name(own.dtype), tuple(own.shape)))
         if expected != str(entry):
             self._misfit(f"model.{name}: expected {expected} as the model has, got {entry}")
         return expected == str(entry)
@@ -72,9 +72,7 @@ class Fitting:
             self._misfit(f"optimizer class: expected {expected}, got the state of {got}")
             return None
         saved = self._in_our_order(saved, optimizer.param_groups, shard, model)
-        with self._or_skipped() as fits:
-            check_groups(shard, optimizer.param_groups, saved)
-        if not fits:
+        if not self._passes(check_groups, shard, optimizer.param_groups, saved):
             return None
         ids = [i for group in saved["param_groups"] for i in group["params"]]
         ours = [shard.index(p) for group in optimizer.param_groups for p in group["params"]]
@@ -83,8 +81,8 @@ class Fitting:
         for key, index in dict(zip(ids, ours, strict=True)).items():
             if (state := saved["state"].get(key)) is None:
                 continue
-            with self._or_skipped() as fits:
-                check_state(shard, index, map_tensors(state, self._tensors.outline))
+            outline = map_tensors(state, self._tensors.outline)
+            fits = self._passes(check_state, shard, index, outline)
             if fits and (shard.flat or index in shard.segments):
                 local[index] = self._part_of_state(shard, index, state)
         return options, local
@@ -167,17 +165,16 @@ class Fitting:
             self._misfit(f"{name}: expected it in the checkpoint, got {held}")
         return self._source.tree.get(name)
 
-    @contextmanager
-    def _or_skipped(self) -> Iterator[list[bool]]:
-        """What raises ``ValueError`` here is a misfit; gives a list that is empty if it did."""
-        fits = [True]
+    def _passes(self, check: Callable[..., None], *what: Any) -> bool:
+        """Whether a check raises no ``ValueError``; where strict, it raises."""
         try:
-            yield fits
+            check(*what)
         except ValueError as problem:
             if self._strict:
                 raise
-            fits.clear()
             self._misfit(str(problem))
+            return False
+        return True
 
     def _misfit(self, line: str) -> None:
         if self._strict:

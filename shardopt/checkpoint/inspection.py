@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from shardopt.checkpoint.plain import TensorKey
+from shardopt.checkpoint.plain import TensorKey, dotted
 from shardopt.checkpoint.source import Source
-from shardopt.checkpoint.trees import dotted, tensors_by_path
+from shardopt.checkpoint.trees import tensors_by_path
 
 
 def describe(source: Source) -> dict[str, Any]:

@@ -20,24 +20,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from shardopt.algos.mixture import class_name
+from shardopt.checkpoint.arguments import check_numbers, check_parts, given
 from shardopt.checkpoint.contents import Contents, contents_of
 from shardopt.checkpoint.dcp_metadata import VALUES, dcp_files
+from shardopt.checkpoint.entries import FileEntry, TensorEntry
+from shardopt.checkpoint.garbage import no_collection
 from shardopt.checkpoint.manifest import (
     NAME,
-    FileEntry,
     Manifest,
-    TensorEntry,
     file_header,
-    no_collection,
     tensor_from_json,
     tensor_to_json,
 )
 from shardopt.checkpoint.plain import decode
 from shardopt.checkpoint.steps import NewStep, write_synced
 from shardopt.checkpoint.writer import write_pieces
-from shardopt.comm import Collectives, choose_collectives
+from shardopt.comm import Collectives
 from shardopt.comm.collectives import gather_texts
 from shardopt.errors import CheckpointError
 from shardopt.guard import agree, all_or_none
@@ -56,7 +56,7 @@ class Job:
     ):
         self.collectives, self._call = collectives, call
         with all_or_none(self.collectives):
-            _check_numbers(step, keep)
+            check_numbers(step, keep)
             self._path = Path(directory).absolute()
         self._step, self._keep = step, keep
         self._is_first = self.collectives.rank == self.collectives.replica == 0
@@ -81,7 +81,7 @@ class Job:
             optimizer._snapshot.agree(facts, optimizer.param_groups)
             self._facts["optimizer_class"] = optimizer._shard.class_of({})
         if scheduler is not None:
-            self._facts["scheduler_class"] = class_of(scheduler)
+            self._facts["scheduler_class"] = class_name(type(scheduler))
         with all_or_none(self.collectives):
             contents = contents_of(self.collectives, model, optimizer, scheduler, extra)
         return contents
@@ -133,48 +133,6 @@ class Job:
         for name, data in files.items():
             manifest.files[name] = FileEntry(len(data), zlib.crc32(data), None)
         return {**files, NAME: manifest.to_bytes()}
-
-
-def collectives_of(optimizer: Any, process_group: Any) -> Collectives:
-    """Those of the optimizer, or of the group where there is none."""
-    if optimizer is None:
-        return choose_collectives(process_group)
-    if not hasattr(optimizer, "_shard"):
-        raise TypeError(
-            f"optimizer: expected a ShardedOptimizer, got {type(optimizer).__name__}; construct "
-            "ShardedOptimizer, which works in one process, too, or save a plain optimizer's "
-            "state_dict() by torch.save"
-        )
-    return optimizer.collectives
-
-
-def given(model: Any, optimizer: Any, scheduler: Any) -> str:
-    """What of these there is."""
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    return " and ".join(name for name, part in parts.items() if part is not None) or "extra alone"
-
-
-def check_parts(model: Any, scheduler: Any) -> None:
-    """Refuse what is no module, and no scheduler."""
-    if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if scheduler is not None and not hasattr(scheduler, "load_state_dict"):
-        raise TypeError(
-            f"scheduler: expected an object with state_dict() and load_state_dict(), got "
-            f"{type(scheduler).__name__}"
-        )
-
-
-def class_of(scheduler: Any) -> str:
-    """The full name of a scheduler's class."""
-    return f"{type(scheduler).__module__}.{type(scheduler).__qualname__}"
-
-
-def _check_numbers(step: int, keep: int | None) -> None:
-    if type(step) is not int or step < 0:
-        raise ValueError(f"step: expected how many steps have been taken, 0 or more, got {step!r}")
-    if keep is not None and (type(keep) is not int or keep < 1):
-        raise ValueError(f"keep: expected a number of steps, 1 or more, or None, got {keep!r}")
 
 
 def _write_file(new: NewStep, header: bytes, contents: Contents, number: int) -> bytes:

@@ -7,13 +7,11 @@ end in memory order, in one file, with a CRC32 to every block.
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 import zlib
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from shardopt.checkpoint.boxes import Box
 from shardopt.checkpoint.covered import check_covered
 from shardopt.checkpoint.crc import BLOCK
 from shardopt.checkpoint.entries import ITEMSIZE, RESTORE, Chunk, FileEntry, TensorEntry
+from shardopt.checkpoint.garbage import no_collection
 from shardopt.checkpoint.steps import number_of
 from shardopt.errors import CorruptError, IncompleteError
 
@@ -170,22 +169,6 @@ def read_manifest(directory: Path) -> Manifest:
             "copy"
         )
     return manifest
-
-
-@contextmanager
-def no_collection() -> Iterator[None]:
-    """No search for cycles meanwhile, where many objects are made at once.
-
-    They would set off searches through all objects of the process, torch's own among them, which
-    take longer than all the rest.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @no_collection()

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from shardopt.checkpoint import safetensors_file, torch_file
-from shardopt.checkpoint.source import Source, open_source
+from shardopt.checkpoint.opening import open_source
+from shardopt.checkpoint.source import Source
 from shardopt.checkpoint.steps import naming, sync
 from shardopt.checkpoint.trees import chosen, tensors_by_path
 from shardopt.errors import UnsupportedError

@@ -35,10 +35,20 @@ class TensorKey:
     key: str
 
 
-Path = tuple[Any, ...]
+TreePath = tuple[Any, ...]  # the keys and indices that lead to a value
 
 
-def encode(value: Any, path: Path, refer: Callable[[Any, str], TensorKey | None]) -> Any:
+def dotted(path: TreePath) -> str:
+    """``optimizer.state.w.exp_avg``: how files, and torch, name a tensor."""
+    return ".".join(map(str, path))
+
+
+def place(path: TreePath) -> str:
+    """``extra['seeds'][0]``: how messages name a value."""
+    return str(path[0]) + "".join(f"[{key!r}]" for key in path[1:]) if path else "it"
+
+
+def encode(value: Any, path: TreePath, refer: Callable[[Any, str], TensorKey | None]) -> Any:
     """What ``json`` can write for ``value``.
 
     Args:
@@ -75,14 +85,13 @@ def encode(value: Any, path: Path, refer: Callable[[Any, str], TensorKey | None]
         return {MARK: _MAPPINGS[kind], "of": pairs}
     if kind is TensorKey:
         return {MARK: "tensor", "of": value.key}
-    if (reference := refer(value, ".".join(map(str, path)))) is not None:
+    if (reference := refer(value, dotted(path))) is not None:
         return {MARK: "tensor", "of": reference.key}
-    place = str(path[0]) + "".join(f"[{key!r}]" for key in path[1:])
     raise UnsupportedError(
-        f"{place}: expected plain Python values (numbers, strings, bytes, lists, tuples, sets, "
-        f"dicts, Counter, OrderedDict, deque) and tensors, got {kind.__module__}."
-        f"{kind.__qualname__}, which a checkpoint cannot keep without running code when it is "
-        "read; save what it is made of"
+        f"{place(path)}: expected plain Python values (numbers, strings, bytes, lists, tuples, "
+        "sets, dicts, Counter, OrderedDict, deque) and tensors, got "
+        f"{kind.__module__}.{kind.__qualname__}, which a checkpoint cannot keep without running "
+        "code when it is read; save what it is made of"
     )
 
 

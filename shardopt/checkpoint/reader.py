@@ -10,9 +10,9 @@ from itertools import product
 from math import prod
 from pathlib import Path
 
-from shardopt.checkpoint.boxes import Box, contiguous_strides
+from shardopt.checkpoint.boxes import Box, dims_in, strides_of
 from shardopt.checkpoint.crc import BLOCK
-from shardopt.checkpoint.manifest import RESTORE, Chunk, FileEntry, TensorEntry
+from shardopt.checkpoint.entries import RESTORE, Chunk, FileEntry, TensorEntry
 from shardopt.errors import CorruptError, IncompleteError
 
 PIECE = 4 << 20  # bytes: the most that is read at once
@@ -52,15 +52,16 @@ class Reader:
             IncompleteError: a file is not there.
         """
         entry = self.tensors[key]
-        order = entry.order or tuple(range(len(entry.shape)))
-        wanted, size = box.permuted(order), entry.itemsize
+        dims = dims_in(entry.order, len(entry.shape))
+        wanted, size = box.permuted(dims), entry.itemsize
         for chunk in entry.chunks:
-            held = chunk.box.permuted(order)
+            held = chunk.box.permuted(dims)
             overlap = held.overlap(wanted)
             if overlap is None:
                 continue
             source = _ChunkBytes(self, key, entry, chunk)
-            strides = _strides_in_order(chunk, order)
+            strides = strides_of(chunk.box.sizes, chunk.order or entry.order)
+            strides = tuple(strides[dim] for dim in dims)
             for start, place, length in runs(overlap, held, wanted, strides):
                 room = out[place * size : (place + length) * size]
                 source.copy(start * size, room)
@@ -135,8 +136,9 @@ class Reader:
             if got != chunk.crcs[first + number]:
                 at = chunk.offset + start + number * BLOCK
                 raise CorruptError(
-                    f"{path}: tensor {key!r}, block at byte {at}: expected CRC32 "
-                    f"{chunk.crcs[first + number]:08x}, got {got:08x}; {RESTORE}"
+                    f"{path}: tensor {key!r}, {chunk.box} of {self.tensors[key]}, block at byte "
+                    f"{at}: expected CRC32 {chunk.crcs[first + number]:08x}, got {got:08x}; "
+                    f"{RESTORE}"
                 )
 
 
@@ -164,15 +166,6 @@ class _ChunkBytes:
             done += count
 
 
-def _strides_in_order(chunk: Chunk, order: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a chunk's elements in its bytes, for dims in ``order``."""
-    stored = chunk.order or order
-    by_dim = dict(
-        zip(stored, contiguous_strides([chunk.box.sizes[d] for d in stored]), strict=True)
-    )
-    return tuple(by_dim[dim] for dim in order)
-
-
 def runs(
     part: Box, held: Box, wanted: Box, strides: tuple[int, ...]
 ) -> Iterator[tuple[int, int, int]]:
@@ -181,7 +174,7 @@ def runs(
     Yields where each run starts in ``held``, whose elements lie as ``strides`` say, and in
     ``wanted``, whose elements lie end to end, and its length.
     """
-    there = contiguous_strides(wanted.sizes)
+    there = strides_of(wanted.sizes)
     length, dim = 1, len(part.sizes)
     while dim > 0 and (part.sizes[dim - 1] == 1 or strides[dim - 1] == there[dim - 1] == length):
         dim -= 1

@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shardopt.checkpoint.contents import unwrapped
+from shardopt.algos.mixture import class_name
+from shardopt.checkpoint.arguments import check_parts, collectives_of, given, unwrapped
 from shardopt.checkpoint.fitting import Fitting
-from shardopt.checkpoint.job import check_parts, class_of, collectives_of, given
+from shardopt.checkpoint.opening import open_source
 from shardopt.checkpoint.saving import settle
-from shardopt.checkpoint.source import open_source
 from shardopt.checkpoint.steps import steps_in
 from shardopt.checkpoint.verify import verify
 from shardopt.comm import Collectives
@@ -101,7 +101,7 @@ def load(
         with all_or_none(collectives):
             tensors = None if model is None else reading.model(model)
             part = None if optimizer is None else reading.optimizer(optimizer, model)
-            schedule = None if scheduler is None else reading.scheduler(class_of(scheduler))
+            schedule = None if scheduler is None else reading.scheduler(class_name(type(scheduler)))
             extra = reading.plain("extra") if "extra" in source.tree else None
     with _put_back_on_failure(optimizer, scheduler):
         if optimizer is not None and part is not None:

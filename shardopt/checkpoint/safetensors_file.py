@@ -14,12 +14,12 @@ from typing import Any, BinaryIO
 
 import torch
 
-from shardopt.checkpoint.boxes import Box, contiguous_strides, cut
-from shardopt.checkpoint.manifest import TensorEntry
-from shardopt.checkpoint.plain import TensorKey, encode
+from shardopt.checkpoint.boxes import Box, cut, strides_of
+from shardopt.checkpoint.entries import TensorEntry
+from shardopt.checkpoint.plain import TensorKey, TreePath, dotted, encode
 from shardopt.checkpoint.source import ReadsBoxes, Source
 from shardopt.checkpoint.stream import PIECE, Stream
-from shardopt.checkpoint.trees import Path, changed, dotted, leaves, refused, tensors_by_path
+from shardopt.checkpoint.trees import changed, leaves, refused, tensors_by_path
 
 # Their names of torch's dtypes.
 DTYPES = {
@@ -69,7 +69,7 @@ def metadata(tree: dict[str, Any], step: int | None, bare: bool) -> dict[str, st
     return text
 
 
-def _named(path: Path, leaf: Any) -> Any:
+def _named(path: TreePath, leaf: Any) -> Any:
     return TensorKey(dotted(path)) if isinstance(leaf, TensorKey) else leaf
 
 
@@ -128,8 +128,5 @@ def _row_major(reader: ReadsBoxes, key: str) -> Iterator[memoryview]:
 
 def logical(data: memoryview, entry: TensorEntry, box: Box) -> torch.Tensor:  # (*box.sizes,)
     """A box's bytes, end to end in memory order, as a tensor with dims in their own order."""
-    order = entry.order or tuple(range(len(entry.shape)))
-    in_order = contiguous_strides([box.sizes[dim] for dim in order])
-    by_dim = dict(zip(order, in_order, strict=True))
     flat = torch.frombuffer(data, dtype=getattr(torch, entry.dtype))
-    return flat.as_strided(box.sizes, [by_dim[dim] for dim in range(len(order))])
+    return flat.as_strided(box.sizes, strides_of(box.sizes, entry.order))

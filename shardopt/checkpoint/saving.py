@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardopt.checkpoint.arguments import collectives_of
 from shardopt.checkpoint.contents import Contents
-from shardopt.checkpoint.job import Job, collectives_of
+from shardopt.checkpoint.job import Job
 from shardopt.comm import Collectives
 from shardopt.guard import all_or_none
 

@@ -1,66 +1,55 @@
-"""A checkpoint opened for reading, whoever has written it."""
+"""What a checkpoint is once it is open for reading, whoever has written it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from shardopt.checkpoint.manifest import NAME, RESTORE, Manifest, is_ours, read_manifest
-from shardopt.checkpoint.opened import ReadsBoxes, Source
-from shardopt.checkpoint.plain import TensorKey, decode, map_tensors
-from shardopt.checkpoint.reader import Reader
-from shardopt.checkpoint.steps import steps_in
-from shardopt.errors import CorruptError, IncompleteError
-
-__all__ = ["ReadsBoxes", "Source", "open_source"]
+from shardopt.checkpoint.boxes import Box
+from shardopt.checkpoint.entries import FileEntry, TensorEntry
 
 
-def open_source(path: Path) -> Source:
-    """Open the directory of one step, a directory of torch's distributed checkpoint, or a file.
+class ReadsBoxes(Protocol):
+    """What ``Reader`` does, for tensors that lie elsewhere."""
 
-    Nothing in it is run: what would have to be unpickled goes through an allow-list.
+    tensors: Mapping[str, TensorEntry]
 
-    Raises:
-        IncompleteError: it is not there, or is none of these.
-        CorruptError: it is not what was written.
+    def read(self, key: str, box: Box, out: memoryview) -> None:
+        """Fill ``out`` with a box's elements, end to end in the tensor's memory order."""
+
+    def close(self) -> None:
+        """Close all files."""
+
+
+@dataclass
+class Source:
+    """What a checkpoint holds, and a reader of its tensors.
+
+    Attributes:
+        path: the directory of one step, or a file.
+        tree: ``{"model": ..., "optimizer": ..., "scheduler": ..., "extra": ...}``, those there are,
+            with a ``TensorKey`` for each tensor.
+        step: how many steps had been taken, if it says so.
+        facts: what it says of itself.
+        files: name -> entry, where a manifest tells.
     """
-    if (path / NAME).is_file() or is_ours(path):
-        manifest = read_manifest(path)
-        reader = Reader(path, manifest.tensors, manifest.files)
-        facts = {"run": manifest.run, "world_size": manifest.world_size, **manifest.facts}
-        tree = _checked_tree(manifest, path / NAME)
-        return Source(path, tree, reader, manifest.step, facts, manifest.files)
-    if (path / ".metadata").is_file():
-        from shardopt.checkpoint.foreign import open_dcp
 
-        return open_dcp(path)
-    if path.is_file():
-        from shardopt.checkpoint.foreign import open_torch_file
+    path: Path
+    tree: dict[str, Any]
+    reader: ReadsBoxes
+    step: int | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
 
-        return open_torch_file(path)
-    if steps := steps_in(path):
-        raise IncompleteError(
-            f"{path}: expected the directory of one step, got one of {len(steps)} steps; name one "
-            f"of them: {steps[0]}"
-        )
-    raise IncompleteError(
-        f"{path}: expected the directory of one step (step-N), a directory of "
-        "torch.distributed.checkpoint, or a file of torch.save, got none of these; correct the path"
-    )
+    @property
+    def tensors(self) -> Mapping[str, TensorEntry]:
+        """Key -> entry."""
+        return self.reader.tensors
 
+    def __enter__(self) -> Source:
+        return self
 
-def _checked_tree(manifest: Manifest, path: Path) -> dict[str, Any]:
-    """The tree of a manifest, whose tensors are all there."""
-
-    def known(reference: TensorKey) -> TensorKey:
-        if reference.key not in manifest.tensors:
-            raise CorruptError(
-                f"{path}: expected an entry for tensor {reference.key!r}, got none; {RESTORE}"
-            )
-        return reference
-
-    try:
-        tree: dict[str, Any] = map_tensors(decode(manifest.tree), known)
-    except (ValueError, TypeError, KeyError, AttributeError) as problem:
-        raise CorruptError(f"{path}: not a tree of shardopt ({problem}); {RESTORE}") from None
-    return tree
+    def __exit__(self, *problem: object) -> None:
+        self.reader.close()

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from shardopt.checkpoint.boxes import Box, cut
-from shardopt.checkpoint.manifest import TensorEntry
+from shardopt.checkpoint.boxes import Box, slices
+from shardopt.checkpoint.reader import PIECE
 from shardopt.checkpoint.source import ReadsBoxes
-
-PIECE = 4 << 20  # bytes
 
 
 class Stream:
@@ -26,7 +24,8 @@ class Stream:
     def pieces(self, key: str) -> Iterator[memoryview]:
         """A tensor's bytes in memory order; each piece is there until the next is asked for."""
         entry = self._reader.tensors[key]
-        for box in in_memory_order(entry, len(self._buffer) // entry.itemsize):
+        size = len(self._buffer) // entry.itemsize
+        for box in slices(Box.whole(entry.shape), entry.order, size):
             yield self.read(key, box)
 
     def read(self, key: str, box: Box) -> memoryview:
@@ -35,11 +34,3 @@ class Stream:
         if room:
             self._reader.read(key, box, room)
         return room
-
-
-def in_memory_order(entry: TensorEntry, max_numel: int) -> Iterator[Box]:
-    """A tensor in boxes of at most so many elements, each of which lie end to end in memory."""
-    order = entry.order or tuple(range(len(entry.shape)))
-    back = sorted(range(len(order)), key=order.__getitem__)
-    for part in cut(Box.whole(entry.shape).permuted(order), max_numel):
-        yield part.permuted(back)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from shardopt.buffers import in_memory_order
-from shardopt.checkpoint.boxes import Box, boxes_of_range, contiguous_strides
-from shardopt.checkpoint.contents import bytes_of
-from shardopt.checkpoint.manifest import TensorEntry
+from shardopt.checkpoint.boxes import Box, stretch
+from shardopt.checkpoint.entries import TensorEntry
 from shardopt.checkpoint.plain import TensorKey
 from shardopt.checkpoint.source import Source
+from shardopt.checkpoint.tensors import bytes_of, empty
 from shardopt.shard import Shard
 from shardopt.state.flat import spans_of
 
@@ -34,7 +34,7 @@ class TensorReader:
     def whole(self, key: TensorKey) -> Tensor:
         """A tensor, on the CPU, with the strides it was saved with."""
         entry = self.entry(key)
-        out = _empty(entry, entry.shape, entry.order)
+        out = empty(entry.dtype, entry.shape, entry.order)
         self._source.reader.read(key.key, Box.whole(entry.shape), bytes_of(out))
         return out
 
@@ -44,15 +44,13 @@ class TensorReader:
         """Elements ``[start, stop)`` of a tensor, as they lie in memory with dims in ``order``."""
         entry = self.entry(key)
         if order != entry.order:  # another memory format now
-            laid_out = _empty(entry, entry.shape, order).copy_(self.whole(key))
+            laid_out = empty(entry.dtype, entry.shape, order).copy_(self.whole(key))
             return in_memory_order(laid_out, laid_out.stride())[start:stop].clone()
-        out = _empty(entry, (stop - start,))
+        out = empty(entry.dtype, (stop - start,))
         room, done = bytes_of(out), 0
-        dims = order or tuple(range(len(entry.shape)))
-        back = sorted(range(len(dims)), key=dims.__getitem__)
-        for box in boxes_of_range([entry.shape[dim] for dim in dims], start, stop):
+        for box in stretch(entry.shape, order, start, stop):
             size = box.numel * entry.itemsize
-            self._source.reader.read(key.key, box.permuted(back), room[done : done + size])
+            self._source.reader.read(key.key, box, room[done : done + size])
             done += size
         return out
 
@@ -69,15 +67,6 @@ class TensorReader:
                 self.part(key, None, there.start, there.stop)
                 for there, _ in spans_of(shard, shard.collectives.rank)
             ]
-            return torch.cat(parts) if parts else _empty(self.entry(key), (0,))
+            return torch.cat(parts) if parts else empty(self.entry(key).dtype, (0,))
 
         return read
-
-
-def _empty(
-    entry: TensorEntry, shape: tuple[int, ...], order: tuple[int, ...] | None = None
-) -> Tensor:
-    dims = order or tuple(range(len(shape)))
-    strides = dict(zip(dims, contiguous_strides([shape[dim] for dim in dims]), strict=True))
-    dtype = getattr(torch, entry.dtype)
-    return torch.empty_strided(shape, [strides[d] for d in range(len(shape))], dtype=dtype)

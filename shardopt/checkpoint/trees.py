@@ -6,15 +6,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from shardopt.checkpoint.plain import TensorKey
+from shardopt.checkpoint.plain import TensorKey, TreePath, place
 from shardopt.checkpoint.source import Source
 from shardopt.errors import MismatchError, UnsupportedError
 
-Path = tuple[Any, ...]
 PARTS = ("model", "optimizer", "scheduler", "extra")
 
 
-def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def leaves(value: Any, path: TreePath = ()) -> Iterator[tuple[TreePath, Any]]:
     """Everything that holds nothing, with the keys and indices that lead to it."""
     if isinstance(value, dict) and value:
         for key, item in value.items():
@@ -24,16 +23,6 @@ def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
             yield from leaves(item, (*path, index))
     else:
         yield path, value
-
-
-def dotted(path: Path) -> str:
-    """``optimizer.state.w.exp_avg``: how files name a tensor."""
-    return ".".join(map(str, path))
-
-
-def place(path: Path) -> str:
-    """``extra['seeds'][0]``: how messages name a value."""
-    return str(path[0]) + "".join(f"[{key!r}]" for key in path[1:]) if path else "it"
 
 
 def chosen(source: Source, keys: str, only: str | None) -> dict[str, Any]:
@@ -79,7 +68,7 @@ def _as_torch_has_it(optimizer: dict[str, Any], by_index: bool) -> dict[str, Any
     }
 
 
-def changed(value: Any, change: Callable[[Path, Any], Any], path: Path = ()) -> Any:
+def changed(value: Any, change: Callable[[TreePath, Any], Any], path: TreePath = ()) -> Any:
     """The value with ``change(path, leaf)`` for every leaf; dicts, lists and tuples are kept."""
     if type(value) in (list, tuple):
         return type(value)(changed(item, change, (*path, i)) for i, item in enumerate(value))
@@ -90,11 +79,11 @@ def changed(value: Any, change: Callable[[Path, Any], Any], path: Path = ()) -> 
     return change(path, value)
 
 
-def tensors_by_path(tree: dict[str, Any]) -> dict[Path, str]:
+def tensors_by_path(tree: dict[str, Any]) -> dict[TreePath, str]:
     """Where each tensor stands -> its key in the checkpoint."""
     return {path: leaf.key for path, leaf in leaves(tree) if isinstance(leaf, TensorKey)}
 
 
-def refused(path: Path, expected: str, got: str, remedy: str) -> UnsupportedError:
+def refused(path: TreePath, expected: str, got: str, remedy: str) -> UnsupportedError:
     """A value that a format cannot hold."""
     return UnsupportedError(f"{place(path)}: expected {expected}, got {got}; {remedy}")

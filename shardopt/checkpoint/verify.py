@@ -8,20 +8,10 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from shardopt.checkpoint.crc import BLOCK
-from shardopt.checkpoint.manifest import (
-    HEADER,
-    NAME,
-    RESTORE,
-    FileEntry,
-    Manifest,
-    file_header,
-    is_ours,
-    read_manifest,
-)
+from shardopt.checkpoint.entries import RESTORE, FileEntry
+from shardopt.checkpoint.manifest import HEADER, NAME, Manifest, file_header, is_ours, read_manifest
+from shardopt.checkpoint.reader import PIECE, Reader
 from shardopt.errors import CheckpointError, CorruptError, IncompleteError, UnsupportedError
-
-PIECE = 4 << 20  # bytes
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -138,23 +128,17 @@ def _what_differs(
     directory: Path, manifest: Manifest, name: str, file: FileEntry, crc: int
 ) -> CorruptError:
     """The block whose checksum is wrong, by the tensor it belongs to."""
-    path = directory / name
-    buffer = memoryview(bytearray(BLOCK))
-    with open(path, "rb", buffering=0) as opened:
+    buffer = memoryview(bytearray(PIECE))
+    with Reader(directory, manifest.tensors) as reader:
         for key, entry in manifest.tensors.items():
             for chunk in entry.chunks:
-                if chunk.file != name or chunk.crcs is None:
-                    continue
-                end = chunk.offset + chunk.box.numel * entry.itemsize
-                for number, expected in enumerate(chunk.crcs):
-                    at = chunk.offset + number * BLOCK
-                    got = zlib.crc32(buffer[: os.preadv(opened.fileno(), [buffer[: end - at]], at)])
-                    if got != expected:
-                        return CorruptError(
-                            f"{path}: tensor {key!r}, {chunk.box} of {entry}, block at byte {at}: "
-                            f"expected CRC32 {expected:08x}, got {got:08x}; {RESTORE}"
-                        )
+                size = chunk.box.numel * entry.itemsize if chunk.file == name else 0
+                try:
+                    for start in range(0, size, PIECE):
+                        reader.fill_checked(key, chunk, start, buffer[: size - start])
+                except CorruptError as problem:
+                    return problem
     return CorruptError(
-        f"{path}: expected CRC32 {file.crc:08x}, got {crc:08x}, while the bytes of every tensor "
-        f"are right: it differs between them; {RESTORE}"
+        f"{directory / name}: expected CRC32 {file.crc:08x}, got {crc:08x}, while the bytes of "
+        f"every tensor are right: it differs between them; {RESTORE}"
     )

@@ -10,14 +10,14 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-from shardopt.checkpoint.blobs import ALIGNMENT, patched, surroundings
-from shardopt.checkpoint.boxes import Box, boxes_of_range, cut
-from shardopt.checkpoint.contents import Piece, bytes_of
+from shardopt.checkpoint.archives import ALIGNMENT
+from shardopt.checkpoint.blobs import surroundings
+from shardopt.checkpoint.boxes import Box, stretch
+from shardopt.checkpoint.contents import Piece
 from shardopt.checkpoint.crc import BLOCK, block_crcs, crc_of_blocks, joined
-from shardopt.checkpoint.manifest import Chunk, FileEntry, TensorEntry
+from shardopt.checkpoint.entries import Chunk, FileEntry, TensorEntry
 from shardopt.checkpoint.steps import naming
-
-MAX_CHUNK = 512 << 20  # bytes; an archive of 4 GiB would need another format
+from shardopt.checkpoint.tensors import bytes_of
 
 
 def write_pieces(
@@ -72,27 +72,19 @@ def _without_chunks(entry: TensorEntry) -> TensorEntry:
 
 def _boxes(piece: Piece, data: Tensor) -> Iterator[tuple[Box, Tensor]]:
     """The boxes of a piece, in the tensor's own dims, each with its elements."""
-    shape, limit = piece.entry.shape, MAX_CHUNK // piece.entry.itemsize
-    if data.numel() == piece.entry.numel <= limit and piece.entry.order is None:
-        yield Box.whole(shape), data
-        return
-    order = piece.entry.order or tuple(range(len(shape)))
-    back = sorted(range(len(order)), key=order.__getitem__)
-    done, stop = 0, piece.start + data.numel()
-    for whole in boxes_of_range([shape[dim] for dim in order], piece.start, stop):
-        for box in cut(whole, limit):
-            yield box.permuted(back), data[done : done + box.numel]
-            done += box.numel
+    entry, done, stop = piece.entry, 0, piece.start + data.numel()
+    for box in stretch(entry.shape, entry.order, piece.start, stop):
+        yield box, data[done : done + box.numel]
+        done += box.numel
 
 
 def _write_box(out: _Checked, entry: TensorEntry, box: Box, data: Tensor, file: str) -> Chunk:
     view = bytes_of(data)
     crcs = block_crcs(view)
     crc = crc_of_blocks(crcs, len(view))
-    before, after = surroundings(entry.dtype, box.sizes, entry.order, len(view))
-    before, after = patched(before, after, crc)
+    before, after = surroundings(entry.dtype, box.sizes, entry.order).with_crc(crc)
     out.write(bytes(-out.size % ALIGNMENT) + before)
-    chunk = Chunk(box, file, out.size, tuple(crcs))
+    chunk = Chunk(box, file, out.size, crcs)
     out.write_known(view, crc)
     out.write(after)
     return chunk

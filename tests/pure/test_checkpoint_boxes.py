@@ -6,7 +6,16 @@ import random
 import pytest
 import torch
 
-from shardopt.checkpoint.boxes import Box, boxes_of_range, contiguous_strides, cut
+from shardopt.checkpoint.boxes import (
+    Box,
+    boxes_of_range,
+    cut,
+    order_of,
+    overlapping,
+    slices,
+    stretch,
+    strides_of,
+)
 from shardopt.checkpoint.reader import runs
 
 SHAPES = [
@@ -46,9 +55,9 @@ def test_boxes_of_a_range_hold_its_elements_in_order_and_are_few(shape):
         held = torch.cat([numbers[index(box)].reshape(-1) for box in boxes])
         assert held.tolist() == list(range(start, stop))
         assert len(boxes) <= max(1, 2 * len(shape) - 1)
-        for box in boxes:
-            assert Box.whole(shape).span(box) == (held[0], held[0] + box.numel)
-            held = held[box.numel :]
+        for box in boxes:  # each of which is a range again
+            part = numbers[index(box)].reshape(-1).tolist()
+            assert part == list(range(part[0], part[0] + box.numel))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -122,9 +131,64 @@ def test_a_permuted_box_holds_the_same_elements():
     assert torch.equal(permuted, numbers[index(box)].permute(order))
 
 
+def in_order(shape, order):
+    """The numbers of elements as they lie in memory, shaped as the tensor."""
+    numbers = torch.arange(torch.Size(shape).numel())
+    return numbers.as_strided(shape, strides_of(shape, order))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-def test_strides_are_those_of_torch(shape):
-    assert contiguous_strides(shape) == torch.empty(shape).stride()
+def test_strides_and_orders_are_those_of_torch(shape):
+    assert strides_of(shape) == torch.empty(shape).stride()
+    assert order_of(shape, torch.empty(shape).stride()) is None
+    for order in itertools.permutations(range(len(shape))):
+        permuted = torch.empty([shape[dim] for dim in order])
+        tensor = permuted.permute([order.index(dim) for dim in range(len(shape))])
+        assert strides_of(shape, order) == tensor.stride()
+        again = strides_of(shape, order_of(shape, tensor.stride()))
+        where = zip(shape, again, tensor.stride(), strict=True)
+        assert all(mine == theirs for size, mine, theirs in where if size > 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_stretch_lies_end_to_end_in_any_memory_order(shape):
+    for order in [None, *itertools.permutations(range(len(shape)))]:
+        numbers = in_order(shape, order)
+        dims = order or range(len(shape))
+        for start in range(0, numbers.numel(), 3):
+            for stop in (start + 1, numbers.numel()):
+                boxes = list(stretch(shape, order, start, stop))
+                held = [numbers[index(box)].permute(list(dims)).reshape(-1) for box in boxes]
+                assert torch.cat(held).tolist() == list(range(start, stop))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_slices_lie_end_to_end_one_after_the_other(shape):
+    for order in [None, *itertools.permutations(range(len(shape)))]:
+        numbers = in_order(shape, order)
+        for most in (1, 4, 100):
+            boxes = list(slices(Box.whole(shape), order, most))
+            held = [numbers[index(b)].permute(list(order or range(len(shape)))) for b in boxes]
+            assert torch.cat([h.reshape(-1) for h in held]).tolist() == list(range(numbers.numel()))
+            assert all(box.numel <= most for box in boxes)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_boxes_that_overlap_are_found(seed):
+    rng = random.Random(seed)
+    shape = rng.choice(SHAPES[1:])
+    boxes = [some_box(rng, shape) for _ in range(rng.randint(1, 6))]
+    pairs = [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlap(pair[1])]
+    found = overlapping(boxes)
+    assert bool(found) == bool(pairs)
+    assert found is None or found[0].overlap(found[1])
+
+
+def test_only_boxes_with_elements_overlap():
+    whole = Box.whole(())
+    assert overlapping([]) is None and overlapping([whole]) is None
+    assert overlapping([whole, whole]) == (whole, whole)
+    assert overlapping([Box((0,), (0,)), Box((0,), (3,)), Box((1,), (0,))]) is None
 
 
 def test_a_box_says_where_it_is():

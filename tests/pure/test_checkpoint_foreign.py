@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from shardopt.checkpoint.boxes import Box
 from shardopt.checkpoint.foreign import unpickler
+from shardopt.checkpoint.opening import open_source
 from shardopt.checkpoint.plain import TensorKey
-from shardopt.checkpoint.source import open_source
 from shardopt.errors import CorruptError, IncompleteError, UnsupportedError
 from tests.foreign import Trap, filled, read_box, trapped
 from tests.twins import assert_same

@@ -3,32 +3,31 @@
 import gc
 import json
 import zlib
+from array import array
 from pathlib import Path
 
 import pytest
 
 from shardopt.checkpoint.boxes import Box
 from shardopt.checkpoint.crc import BLOCK
+from shardopt.checkpoint.entries import Chunk, FileEntry, TensorEntry
 from shardopt.checkpoint.manifest import (
     HEADER,
     NAME,
-    Chunk,
-    FileEntry,
     Manifest,
-    TensorEntry,
     file_header,
     parse_manifest,
     read_manifest,
 )
-from shardopt.checkpoint.source import open_source
+from shardopt.checkpoint.opening import open_source
 from shardopt.errors import CorruptError, IncompleteError
 
 PATH = Path("step-4/manifest.json")
 
 
 def small() -> Manifest:
-    half = [Chunk(Box((row, 0), (1, 4)), f"{row}.bin", 64, [row + 1]) for row in (0, 1)]
-    long = Chunk(Box((0,), (BLOCK,)), "0.bin", 128, (7, 0xFFFFFFFF))
+    half = [Chunk(Box((row, 0), (1, 4)), f"{row}.bin", 64, array("I", [row + 1])) for row in (0, 1)]
+    long = Chunk(Box((0,), (BLOCK,)), "0.bin", 128, array("I", [7, 0xFFFFFFFF]))
     return Manifest(
         run="ab12",
         step=4,

@@ -275,7 +275,9 @@ def test_no_shard_is_overwritten_and_none_stays(tmp_path, step):
 def test_damage_is_named_and_nothing_stays(tmp_path, step, options):
     (step / "rank-2.bin").write_bytes((step / "rank-2.bin").read_bytes())
     flip(step / "rank-2.bin", (step / "rank-2.bin").stat().st_size // 2)
-    with pytest.raises(CorruptError, match=r"rank-2.bin: tensor '.*', block at byte .*: expected"):
+    with pytest.raises(
+        CorruptError, match=r"rank-2.bin: tensor '.*', .*, block at byte .*: expected"
+    ):
         consolidate(step, tmp_path / "out", **options)
     (step / "rank-2.bin").unlink()
     with pytest.raises(IncompleteError, match=r"rank-2.bin: expected a file"):

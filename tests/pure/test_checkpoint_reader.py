@@ -8,7 +8,7 @@ import torch
 from shardopt.checkpoint import reader as reader_module
 from shardopt.checkpoint.boxes import Box
 from shardopt.checkpoint.crc import BLOCK
-from shardopt.checkpoint.source import open_source
+from shardopt.checkpoint.opening import open_source
 from shardopt.errors import CorruptError, IncompleteError
 from tests.checkpoints import flip, raw, write_checkpoint
 from tests.pure.test_checkpoint_boxes import index, some_box
@@ -84,7 +84,7 @@ def test_each_flipped_bit_is_named_by_file_tensor_and_block(two_blocks):
             open_source(directory) as source,
             pytest.raises(
                 CorruptError,
-                match=rf"rank-0.bin: tensor 'model.w', block at byte {start}: expected CRC32",
+                match=rf"rank-0.bin: tensor 'model.w', .*, block at byte {start}: expected CRC32",
             ),
         ):
             check_box(source, "model.w", tensor, Box.whole(tensor.shape))
@@ -111,7 +111,7 @@ def test_a_zeroed_page_is_noticed(two_blocks):
     (directory / chunk.file).write_bytes(data)
     with (
         open_source(directory) as source,
-        pytest.raises(CorruptError, match=r"tensor 'model.w', block"),
+        pytest.raises(CorruptError, match=r"tensor 'model.w', .* block"),
     ):
         check_box(source, "model.w", tensor, Box.whole(tensor.shape))
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from shardopt.checkpoint import async_save, load, save
 from shardopt.checkpoint.manifest import read_manifest
-from shardopt.checkpoint.source import open_source
+from shardopt.checkpoint.opening import open_source
 from shardopt.errors import AgreementError, CorruptError, IncompleteError
 from tests.checkpoint_runs import SAVED_AT, STEPS, start
 from tests.checkpoints import flip

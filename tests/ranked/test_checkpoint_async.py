@@ -1,5 +1,6 @@
 """A save beside training: the values of the call, one in flight, errors at the next call."""
 
+import logging
 import os
 import threading
 import time
@@ -133,6 +134,22 @@ def test_an_error_that_was_asked_for_is_not_told_again(rank, tmp_path):
         saving.result()
     save(tmp_path, step=6, extra=6)
     assert [path.name for path in tmp_path.iterdir()] == ["step-6"]
+
+
+@on_ranks(1, 2)
+def test_an_error_that_nobody_asks_for_is_logged(rank, tmp_path):
+    told, handler = [], logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger("shardopt").addHandler(handler)
+    try:
+        saving = broken(tmp_path, rank, on=0)
+        assert "No space left" in str(saving.exception())
+    finally:
+        logging.getLogger("shardopt").removeHandler(handler)
+    (line,) = [line for line in told if "asynchronous save failed" in line]
+    assert "No space left" in line
+    with pytest.raises((OSError, AgreementError), match="No space left"):
+        saving.result()
 
 
 @on_ranks(2)

@@ -13,7 +13,7 @@ from torch.optim import AdamW, lr_scheduler
 
 from shardopt import Guards, ShardedOptimizer
 from shardopt.checkpoint import load, save
-from shardopt.checkpoint.source import open_source
+from shardopt.checkpoint.opening import open_source
 from shardopt.errors import UnsupportedError
 from tests.checkpoint_runs import SAVED_AT, STEPS, Zoo, assert_same_run, make, start, undisturbed
 from tests.ranks import on_ranks

@@ -15,8 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from shardopt.checkpoint.boxes import Box
+from shardopt.checkpoint.opening import open_source
 from shardopt.checkpoint.plain import TensorKey
-from shardopt.checkpoint.source import open_source
 from tests.foreign import filled, read_box
 from tests.ranks import on_ranks
 from tests.twins import assert_same

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from shardopt.checkpoint.boxes import Box
+from shardopt.checkpoint.boxes import Box, strides_of
+from shardopt.checkpoint.entries import RESTORE, Chunk, TensorEntry
 from shardopt.checkpoint.foreign.archive import Elements, find_elements
 from shardopt.checkpoint.foreign.arrange import arranged
 from shardopt.checkpoint.foreign.loose import LooseTensors, part_of
 from shardopt.checkpoint.foreign.metadata import METADATA, DcpMetadata, Stored, read_metadata
-from shardopt.checkpoint.manifest import RESTORE, Chunk, TensorEntry
-from shardopt.checkpoint.opened import ReadsBoxes, Source
 from shardopt.checkpoint.plain import TensorKey
 from shardopt.checkpoint.reader import Reader
+from shardopt.checkpoint.source import ReadsBoxes, Source
 from shardopt.errors import CorruptError
 
 _MOST_POSITIONS = 1 << 20  # of a list
@@ -152,10 +152,9 @@ class DcpReader(Reader):
                 continue
             data = bytearray(chunk.box.numel * entry.itemsize)
             self.fill_checked(key, chunk, 0, memoryview(data))
-            order = chunk.order or tuple(range(len(entry.shape)))
+            sizes = chunk.box.sizes
             held = torch.frombuffer(data, dtype=torch.uint8).view(dtype)
-            held = held.view([chunk.box.sizes[dim] for dim in order])
-            held = held.permute([order.index(dim) for dim in range(len(order))])
+            held = held.as_strided(sizes, strides_of(sizes, chunk.order))
             part_of(target, _within(overlap, box)).copy_(part_of(held, _within(overlap, chunk.box)))
 
     def _find(self, key: str, dtype: str, sizes: tuple[int, ...], stored: Stored) -> Elements:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from shardopt.checkpoint.boxes import order_of, strides_of
+from shardopt.checkpoint.entries import ITEMSIZE, RESTORE
 from shardopt.checkpoint.foreign.unpickler import StoredTensor, tensor_globals, unpickle
-from shardopt.checkpoint.manifest import ITEMSIZE, RESTORE
 from shardopt.errors import CorruptError, UnsupportedError
 
 Fill = Callable[[int, memoryview], bool]  # fills memory from an offset on, if there is enough
@@ -86,16 +87,11 @@ def memory_order(sizes: Sequence[int], strides: Sequence[int]) -> tuple[int, ...
     """
     if 0 in sizes:
         return None
-    long = [dim for dim, size in enumerate(sizes) if size > 1]
-    order = sorted(long, key=lambda dim: -strides[dim])
-    expected = 1
-    for dim in reversed(order):
-        if strides[dim] != expected:
+    order = order_of(sizes, strides)
+    for size, stride, dense in zip(sizes, strides, strides_of(sizes, order), strict=True):
+        if size > 1 and stride != dense:
             raise ValueError(f"sizes {tuple(sizes)} with strides {tuple(strides)}")
-        expected *= sizes[dim]
-    if order == long:
-        return None
-    return (*(dim for dim, size in enumerate(sizes) if size == 1), *order)
+    return order
 
 
 def _order(stored: StoredTensor, where: str) -> tuple[int, ...] | None:

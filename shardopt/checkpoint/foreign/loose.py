@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from shardopt.checkpoint.boxes import Box
+from shardopt.checkpoint.boxes import Box, dims_in
+from shardopt.checkpoint.entries import ITEMSIZE, TensorEntry
 from shardopt.checkpoint.foreign.archive import memory_order
-from shardopt.checkpoint.manifest import ITEMSIZE, TensorEntry
 from shardopt.checkpoint.plain import TensorKey
+from shardopt.checkpoint.tensors import dtype_name
 from shardopt.errors import UnsupportedError
 
 
@@ -61,17 +62,17 @@ class LooseTensors:
         if not box.numel:
             return
         entry, tensor = self.tensors[key], self._held[key]
-        order = entry.order or tuple(range(len(entry.shape)))
+        order = dims_in(entry.order, len(entry.shape))
         sizes = box.permuted(order).sizes
         target = torch.frombuffer(out, dtype=torch.uint8).view(tensor.dtype).view(sizes)
-        target.copy_(part_of(tensor, box).permute(order))
+        target.copy_(part_of(tensor, box).permute(list(order)))
 
     def close(self) -> None:
         """Let go of all tensors."""
         self._held.clear()
 
     def _add(self, value: Tensor, key: str) -> TensorKey:
-        dtype = str(value.dtype).removeprefix("torch.")
+        dtype = dtype_name(value.dtype)
         plain = type(value) in (Tensor, Parameter) and value.layout == torch.strided
         if not plain or dtype not in ITEMSIZE or value.device.type != "cpu":
             raise UnsupportedError(

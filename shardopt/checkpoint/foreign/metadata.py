@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shardopt.checkpoint.boxes import Box
+from shardopt.checkpoint.boxes import Box, overlapping
+from shardopt.checkpoint.entries import ITEMSIZE, RESTORE, FileEntry
 from shardopt.checkpoint.foreign.unpickler import Record, ints, metadata_globals, unpickle
-from shardopt.checkpoint.manifest import ITEMSIZE, RESTORE, FileEntry
 from shardopt.errors import CorruptError, IncompleteError, UnsupportedError
 
 METADATA = ".metadata"
@@ -185,27 +185,8 @@ def _check_covered(path: Path, key: str, tensor: StoredParts) -> None:
             f"{path}: tensor {key!r}: expected parts with {whole.numel} elements in all, got "
             f"{held}; {RESTORE}"
         )
-    for one, other in _neighbours(boxes):
-        if one.overlap(other):
-            raise CorruptError(
-                f"{path}: tensor {key!r}: expected parts that share no element, got {one} and "
-                f"{other}; {RESTORE}"
-            )
-
-
-def _neighbours(boxes: Sequence[Box]) -> Iterator[tuple[Box, Box]]:
-    """Pairs that overlap along the dim in which boxes differ most; no other pairs can overlap."""
-    if len(boxes) < 2:
-        return
-    dims = range(len(boxes[0].offsets))
-    dim = max(dims, key=lambda dim: len({box.offsets[dim] for box in boxes}), default=None)
-    if dim is None:  # 0 dims, more than once
-        yield boxes[0], boxes[1]
-        return
-    ordered = sorted(boxes, key=lambda box: box.offsets[dim])
-    for place, one in enumerate(ordered):
-        end = one.offsets[dim] + one.sizes[dim]
-        for other in ordered[place + 1 :]:
-            if other.offsets[dim] >= end:
-                break
-            yield one, other
+    if twice := overlapping(boxes):
+        raise CorruptError(
+            f"{path}: tensor {key!r}: expected parts that share no element, got {twice[0]} and "
+            f"{twice[1]}; {RESTORE}"
+        )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shardopt.checkpoint.manifest import ITEMSIZE, RESTORE
+from shardopt.checkpoint.entries import ITEMSIZE, RESTORE
 from shardopt.errors import CorruptError
 
 Globals = Mapping[tuple[str, str], Any]
