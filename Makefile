@@ -28,9 +28,10 @@ train: $(VENV)/installed-train
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
-# One test at a time: some of these measure time and memory.
+# One test at a time, since some of these measure time and memory; mutants measure nothing.
 test-slow: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --ignore tests/repo/test_mutants.py
+	$(BIN)/python -m pytest -m slow -n $(WORKERS) tests/repo/test_mutants.py
 
 test-all: test
 	$(MAKE) test-slow

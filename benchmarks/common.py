@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from shardopt.comm import Collectives
-from shardopt.comm.collectives import Handle, Reduction
+from shardopt.comm.collectives import Handle, Reduction, Work
 
 MB = 10**6
 
@@ -117,6 +117,13 @@ class Counted(Collectives):
     def reduce_scatter(self, bucket: Tensor, borders: Sequence[int], out: Tensor) -> Reduction:
         self.sent["reduce_scatter"] += (bucket.numel() - out.numel()) * bucket.itemsize
         return self.inner.reduce_scatter(bucket, borders, out)
+
+    def all_to_all(
+        self, send: Tensor, send_sizes: Sequence[int], out: Tensor, out_sizes: Sequence[int]
+    ) -> Work:
+        elsewhere = sum(send_sizes) - send_sizes[self.rank]
+        self.sent["all_to_all"] += elsewhere * send.itemsize
+        return self.inner.all_to_all(send, send_sizes, out, out_sizes)
 
     def all_gather_rows(self, row: Tensor) -> Tensor:
         self.sent["all_gather_rows"] += row.nbytes * (self.world_size - 1)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from common import MB, Counted, on_ranks, ratio
-from model import gpt, loss_of, windows
+from model import gpt, gpt_parser, loss_of, windows
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
@@ -94,14 +94,8 @@ def loopback_bytes() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--context", type=int, default=64)
-    parser.add_argument("--windows", type=int, default=4, help="in the batch of one rank")
+    parser = gpt_parser(__doc__.splitlines()[0], rounds=15)
     parser.add_argument("--max-norm", type=float, default=1.0)
-    parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     on_ranks(arguments.ranks, measure, arguments)
 

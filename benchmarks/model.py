@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pathlib
 import sys
 
@@ -11,6 +12,18 @@ from torch import Tensor, nn
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "launch"))
 
 from gpt import GPT, NUM_BYTES, summed_loss
+
+
+def gpt_parser(description: str, rounds: int) -> argparse.ArgumentParser:
+    """Options of the model, of its batches, and of how often to measure."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--context", type=int, default=64)
+    parser.add_argument("--windows", type=int, default=4, help="in the batch of one rank")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    return parser
 
 
 def gpt(width: int, layers: int, context: int) -> GPT:

@@ -11,6 +11,7 @@ import torch
 from choices import OPTIMIZERS, SIZES
 from corpus import Corpus, read_corpus
 from gpt import GPT, summed_loss
+from notice import Interrupted, Notice
 from options import Options, Refused
 from proof import (
     Twin,
@@ -24,7 +25,7 @@ from proof import (
 from ranks import Ranks
 from recipe import build_optimizer, build_scheduler, names
 from report import History, Report, bits, draw, memory_table, state_bytes
-from saved_run import Start, extra_of, load_run, prepare_run
+from saved_run import Start, extra_of, load_run, newest_step, prepare_run
 from torch import Tensor
 
 from shardopt import checkpoint, sched
@@ -48,7 +49,7 @@ class Job:
     def __init__(self, given: Mapping[str, Any], ranks: Ranks):
         self.ranks = ranks
         start = _agree_on_start(given, ranks)
-        self.options = start.options
+        self.options, self.saved = start.options, start.saved
         self.first_step = self.step = start.step  # how many are done
         self.history = History(**start.history)
         self.corpus = _agree_on_corpus(self.options, ranks)
@@ -56,7 +57,7 @@ class Job:
         self.model = new_model(self.options).to(ranks.device)
         by_ddp = self.options.gradients == "replicated"
         self.replica = ranks.replicate(self.model) if by_ddp else self.model
-        self.optimizer = build_optimizer(self.model, self.options)
+        self.optimizer = build_optimizer(self.model, self.options, ranks.timeout.total_seconds())
         self.optimizer.overlap_forward(self.model)
         self.scheduler = build_scheduler(self.optimizer, self.options)
         if start.saved is not None:
@@ -67,47 +68,67 @@ class Job:
         # and more: after one that counts for nothing, a resumed run rounds like an undisturbed one.
         if by_ddp:
             self._backward(self.step)
+        self.notice = Notice(ranks)
         self.seconds = 0.0  # of training, without evaluation and saving
         self.report = Report(ranks.is_first, first_step=self.step, steps=self.options.steps)
 
     def run(self) -> str | None:
-        """Train, save, draw, prove; returns what the proof found wrong, or ``None``."""
-        options = self.options
+        """Train, save, draw, prove; returns what the proof found wrong, or ``None``.
+
+        Raises:
+            Interrupted: on every rank, once the run is saved, if a signal has come to any.
+        """
         self.report.say(self._introduction())
         if self.step == 0:
             self._evaluate()
-        for stop in range(self.step + 1, options.steps + 1):
-            evaluates = self._is_due(stop, options.eval_every)
-            saves = self._is_due(stop, options.save_every)
-            if evaluates or saves:
-                self._train_until(stop)
-            if evaluates:
-                self._evaluate()
-            if saves:
-                saved = self._save()
+        with self.notice:
+            self._train()
         self.report.close()
         self._summarise()
-        return self._prove(saved)
+        return self._prove()
+
+    def _train(self) -> None:
+        options = self.options
+        while self.step < options.steps:
+            notice = self._train_until(self._next_stop())
+            if self._is_due(self.step, options.eval_every):
+                self._evaluate()
+            if notice or self._is_due(self.step, options.save_every):
+                self.saved = self._save()
+            if notice and self.step < options.steps:
+                self.report.close()
+                raise Interrupted(notice, str(self.saved))
+
+    def _next_stop(self) -> int:
+        """The next step after which something is to be done."""
+        stop, every = self.step + 1, (self.options.eval_every, self.options.save_every)
+        while not any(self._is_due(stop, number) for number in every):
+            stop += 1
+        return stop
 
     def _is_due(self, step: int, every: int) -> bool:
         return step == self.options.steps or (every > 0 and step % every == 0)
 
     # -- training ------------------------------------------------------------------------------
 
-    def _train_until(self, stop: int) -> None:
+    def _train_until(self, stop: int) -> int:
+        """Up to ``stop`` steps in all, or to a notice; returns the signal, or 0."""
         started = time.perf_counter()
-        shares = []
-        while self.step < stop:
+        shares, notice = [], 0
+        while self.step < stop and not notice:
+            self.notice.ask()
             self.history.lr.append(float(self.optimizer.param_groups[0]["lr"]))
             shares.append(self._step())
             if self.options.scheduler != "plateau":  # which evaluations step
                 self.scheduler.step()
             self.step += 1
+            notice = self.notice.came()
             self.report.stepped(shares[-1] * self.ranks.world_size)
         self.ranks.wait_for_device()
         self.seconds += time.perf_counter() - started
         # One exchange for the losses of all these steps.
         self.history.training += self.ranks.sum(torch.stack(shares)).tolist()
+        return notice
 
     def _step(self) -> Tensor:
         """One step of the optimizer; returns this rank's share of the loss before it."""
@@ -171,7 +192,7 @@ class Job:
         options = self.options
         by_rank = self.ranks.from_all(state_bytes(self.optimizer.optim))
         num_steps = self.step - self.first_step
-        rate = num_steps * options.batch * options.context / self.seconds
+        rate = num_steps * options.batch * options.context / max(self.seconds, 1e-9)
         first, last = self.history.held_out[0][1], self.history.held_out[-1][1]
         self.report.say(
             f"\ntrained {num_steps} steps in {self.seconds:.1f} s, {rate:,.0f} tokens/s"
@@ -182,7 +203,7 @@ class Job:
             draw(Path(options.plot), self.history, f"{options.optimizer}, {self.ranks}")
             self.report.say(f"curves  {options.plot}")
 
-    def _prove(self, saved: Path) -> str | None:
+    def _prove(self) -> str | None:
         """One more step, here and by plain ``torch.optim`` from the saved step, must be equal.
 
         It is not clipped: a norm added up over ranks differs from plain torch's by rounding, so
@@ -202,12 +223,13 @@ class Job:
             self.optimizer.step(again)
         else:
             model = new_model(self.options).to(self.ranks.device)
-            run = consolidated(saved)
+            assert self.saved is not None, "a run that has ended is saved"
+            run = consolidated(self.saved)
             twin = Twin(run, model, self.options, chosen_kernels(self.optimizer))
             wrong = twin.step(means, norm)
             self.optimizer.step(again)
             wrong = wrong or twin.difference(self.model, sum(by_rank), rounding)
-            self.report.say(f"saved   {saved}\n{verdict(self.options, wrong, rounding)}")
+            self.report.say(f"saved   {self.saved}\n{verdict(self.options, wrong, rounding)}")
         return self.ranks.from_first(wrong)
 
     @property
@@ -245,9 +267,10 @@ def new_model(options: Options) -> GPT:
 def _agree_on_start(given: Mapping[str, Any], ranks: Ranks) -> Start:
     """Where all ranks begin: the first one's options count, and a refusal of any."""
     given = ranks.from_first(dict(given))
+    place = ranks.from_first(newest_step(given) if ranks.is_first else None)
     start = refusal = None
     try:
-        start = prepare_run(given, ranks.world_size)
+        start = prepare_run(given, place, ranks.world_size, ranks.process_group)
     except Refused as problem:
         refusal = str(problem)
     for text in ranks.from_all(refusal):

@@ -37,11 +37,12 @@ class Options:
     out: str = "runs"
     save: str
     plot: str
-    resume: str | None = None
+    resume: str | None = None  # a directory, or AUTO
     kernel: str = "auto"
     gradients: str = "sharded"
     clip: float
     device: str = "auto"
+    timeout: float = 600.0
     check: bool = False
 
 
@@ -49,6 +50,7 @@ class Options:
 LEARNING = ("optimizer", "scheduler", "lr", "weight_decay", "clip")
 IDENTITY = (*LEARNING, "size", "batch", "context", "seed")
 HABITS = ("steps", "eval_every", "save_every", "keep", "kernel", "gradients")  # unless given
+AUTO = "auto"  # in the place of a directory to resume: the newest step, if there is one
 PLANNED = ("cosine", "linear", "step", "onecycle")  # schedules laid out over --steps
 
 
@@ -108,7 +110,7 @@ def _add_where_and_when(parser: argparse.ArgumentParser) -> None:
         help="how many of the newest saved steps stay; 0: all (default 0)")  # fmt: skip
     add("--resume", metavar="DIR",
         help="a saved run, of which the newest step that verifies is taken, or one of its steps;"
-        " any number of ranks")  # fmt: skip
+        " any number of ranks; auto: the run in --save if there is one, or a new one")  # fmt: skip
     add("--plot", metavar="PATH", help="the curves, a PNG (default: curves.png in --out)")
     add("--kernel", type=_one_of(("auto", "torch")), metavar="NAME",
         help=f"{kernels} (default auto)")  # fmt: skip
@@ -117,6 +119,8 @@ def _add_where_and_when(parser: argparse.ArgumentParser) -> None:
     add("--check", action="store_true", help="check the options and train nothing")
     add("--device", type=_one_of(("auto", "cpu", "cuda")), metavar="NAME",
         help="auto takes GPUs where there are any (default auto)")  # fmt: skip
+    add("--timeout", type=_number(above=0), metavar="SECONDS",
+        help="how long a rank waits for the others before it fails (default 600)")  # fmt: skip
 
 
 def fill_in(
@@ -192,10 +196,20 @@ def _check_same_run(given: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         )
 
 
+def is_first_here() -> bool:
+    """Whether this is the first rank of its machine, as far as can be known: it alone speaks."""
+    try:
+        from shardopt.launchers import launched
+
+        return not launched(os.environ).local_rank
+    except (ImportError, ValueError):  # which is what there is to say
+        return True
+
+
 class _Parser(argparse.ArgumentParser):
     def print_help(self, file: Any = None) -> None:
         """Once, however many ranks are asked for it."""
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if is_first_here():
             super().print_help(file)
 
     def error(self, message: str) -> NoReturn:

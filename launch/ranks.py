@@ -1,9 +1,9 @@
-"""The processes of a run: alone, or as many as a launcher such as torchrun has started."""
+"""The processes of a run: alone, or as many as a launcher has started."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -12,16 +12,20 @@ from options import Refused
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from shardopt.comm.bootstrap import bootstrap
+from shardopt.comm.torch_group import TorchCollectives
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which rank this is, of how many, and where it computes."""
+    """Which rank this is, of how many, where it computes, and how long it waits for others."""
 
     rank: int
     world_size: int
     device: torch.device
+    timeout: timedelta = timedelta(minutes=10)
 
     @property
     def is_first(self) -> bool:
@@ -31,6 +35,11 @@ class Ranks:
         backend = f" over {dist.get_backend()}" if dist.is_initialized() else ""
         ranks = "1 process" if self.world_size == 1 else f"{self.world_size} ranks"
         return f"{ranks}{backend} on {self.device.type}"
+
+    @property
+    def process_group(self) -> TorchCollectives | None:
+        """The ranks as shardopt takes them, with the time limit. Collective."""
+        return None if self.world_size == 1 else TorchCollectives(timeout=self.timeout)
 
     def replicate(self, model: nn.Module) -> nn.Module:
         """``model`` with gradients averaged over the ranks, and the first rank's weights.
@@ -98,35 +107,19 @@ class Ranks:
             torch.cuda.synchronize(self.device)
 
 
-def start_ranks(device: str) -> Ranks:
+def start_ranks(device: str, timeout: float) -> Ranks:
     """Join the other processes, if a launcher has started any.
 
     Args:
         device: ``"cpu"``, ``"cuda"`` (one GPU to a rank) or ``"auto"``.
+        timeout: of one communication, in seconds.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    place = torch.device("cpu")
-    if device == "cuda":
-        place = torch.device("cuda", _own_gpu())
-        torch.cuda.set_device(place)
-    if "WORLD_SIZE" not in os.environ:
-        return Ranks(0, 1, place)
-    if device == "cuda":
-        dist.init_process_group("nccl", device_id=place)
-    else:
-        dist.init_process_group("gloo")
-    return Ranks(dist.get_rank(), dist.get_world_size(), place)
-
-
-def _own_gpu() -> int:
-    wanted = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if torch.cuda.device_count() < wanted:
-        raise Refused(
-            f"--device cuda: expected a GPU for each of {wanted} ranks on this machine, got"
-            f" {torch.cuda.device_count()}; start fewer ranks, or choose --device cpu"
-        )
-    return int(os.environ.get("LOCAL_RANK", 0))
+    limit = timedelta(seconds=timeout)
+    try:
+        found = bootstrap(device, timeout=limit)
+    except ValueError as problem:
+        raise Refused(str(problem)) from None
+    return Ranks(found.rank, found.world_size, found.device, limit)
 
 
 def stop_ranks() -> None:

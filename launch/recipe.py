@@ -9,7 +9,7 @@ from options import Options, default_lr
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
-from shardopt import ShardedOptimizer, sched
+from shardopt import Guards, ShardedOptimizer, sched
 from shardopt.algos import algorithm_for
 
 Scheduler = lr_scheduler.LRScheduler
@@ -56,8 +56,12 @@ def groups_of(model: nn.Module, options: Options) -> list[Group]:
     return [{"params": taken}, {"params": rest}]
 
 
-def build_optimizer(model: nn.Module, options: Options) -> ShardedOptimizer:
-    """The chosen class; where it does not take all of the model, in a group beside the rest's."""
+def build_optimizer(model: nn.Module, options: Options, deadline: float) -> ShardedOptimizer:
+    """The chosen class; where it does not take all of the model, in a group beside the rest's.
+
+    Args:
+        deadline: in seconds; an error names the rank that does not keep it.
+    """
     groups, (*named, main) = groups_of(model, options), classes(options)
     for group, chosen in zip(groups, named, strict=False):
         group.update(optimizer_class=chosen, **class_options(chosen, options))
@@ -66,6 +70,7 @@ def build_optimizer(model: nn.Module, options: Options) -> ShardedOptimizer:
         main,
         gradients=options.gradients,
         kernel=options.kernel,
+        guards=Guards(deadline=deadline),
         **class_options(main, options),
     )
 

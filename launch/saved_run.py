@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from choices import OPTIMIZERS, SCHEDULERS, SIZES
-from options import HABITS, IDENTITY, Options, Refused, fill_in
+from options import AUTO, HABITS, IDENTITY, Options, Refused, fill_in
 
 if TYPE_CHECKING:
     from shardopt import checkpoint
+    from shardopt.comm.torch_group import TorchCollectives
 
 FIELDS = ("options", "history", "text")  # what a run saves beside model, optimizer and scheduler
 
@@ -46,19 +49,56 @@ class Start:
     text: str | None = None
 
 
-def prepare_run(given: Mapping[str, Any], world_size: int) -> Start:
-    """Fill in and check the options, make directories. Collective where a run is resumed."""
-    if "resume" in given:
-        loaded = _read(Path(given["resume"]))
+def newest_step(given: Mapping[str, Any]) -> Path | None:
+    """What ``--resume`` goes on from; ``None`` for a new run. Not collective.
+
+    With ``auto``, later steps that do not verify make room: they are renamed.
+    """
+    if given.get("resume") != AUTO:
+        return Path(given["resume"]) if "resume" in given else None
+    directory = Path(given.get("save", given.get("out", Options.out)))
+    numbers = _steps_in(directory) if directory.is_dir() else []
+    if not numbers:
+        return None
+    from shardopt import checkpoint
+
+    newest = checkpoint.latest(directory)
+    if newest is None:
+        return directory  # which is refused: rather than start anew where there is a run to save
+    for number in numbers:
+        if number > int(newest.name.removeprefix("step-")):
+            damaged = directory / f"step-{number}"
+            aside = damaged.rename(f"{damaged}.damaged-{uuid.uuid4().hex[:8]}")
+            print(f"train.py: {damaged} does not verify; it is now {aside.name}", file=sys.stderr)
+    return newest
+
+
+def prepare_run(
+    given: Mapping[str, Any],
+    place: Path | None,
+    world_size: int,
+    process_group: TorchCollectives | None = None,
+) -> Start:
+    """Fill in and check the options, make directories. Collective where a run is resumed.
+
+    Args:
+        given: the options that were given, by name.
+        place: what to go on from, see :func:`newest_step`.
+        world_size: how many ranks there are.
+        process_group: those ranks.
+    """
+    automatic = given.get("resume") == AUTO
+    if place is not None:
+        loaded = _read(place, process_group)
         options = fill_in(given, loaded.extra["options"], world_size=world_size)
         rest = {name: loaded.extra[name] for name in ("history", "text")}
         start = Start(options, loaded.step or 0, loaded.path, **rest)
     else:
-        if not {"out", "save"} & set(given):
+        if not automatic and not {"out", "save"} & set(given):
             given = {**given, "out": _unused(Options.out)}
         start = Start(fill_in(given, world_size=world_size))
     options = start.options
-    if start.step >= options.steps:
+    if start.step > options.steps or (start.step == options.steps and not automatic):
         raise Refused(
             f"--steps: expected more than the {start.step} steps that the resumed run has done,"
             f" got {options.steps}; there is nothing left to train"
@@ -96,9 +136,9 @@ def load_run(start: Start, **parts: Any) -> None:
     _load(start.saved, **parts)
 
 
-def _read(path: Path) -> checkpoint.Loaded:
+def _read(path: Path, process_group: TorchCollectives | None) -> checkpoint.Loaded:
     """What was saved beside the tensors."""
-    loaded = _load(path)
+    loaded = _load(path, process_group=process_group)
     if not _is_run(loaded.extra):
         raise Refused(
             f"--resume: expected a run saved by train.py, got {loaded.path}, which is none; name"

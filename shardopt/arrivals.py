@@ -33,6 +33,7 @@ class Arrivals:
         self._shard = shard
         self._under_way: dict[int, Handle] = {}
         self._models: list[ref[nn.Module]] = []
+        self._has_failed = False
 
     def expect(self, handles: dict[int, Handle]) -> None:
         """Gathers have been started; wait for them here unless a model does."""
@@ -44,7 +45,7 @@ class Arrivals:
     def wait(self) -> None:
         """Every parameter is there."""
         for number in list(self._under_way):
-            self._under_way.pop(number).wait()
+            self._wait_for_bucket(number)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def wait_for(self, parameters: Iterable[Any]) -> None:
@@ -55,10 +56,19 @@ class Arrivals:
             if isinstance(parameter, Tensor) and self._shard.holds(parameter):
                 number, _ = self._shard.layout.place(self._shard.index(parameter))
                 if number in self._under_way:
-                    self._under_way.pop(number).wait()
+                    self._wait_for_bucket(number)
+
+    def _wait_for_bucket(self, number: int) -> None:
+        try:
+            with self._shard.collectives.during("forward()"):
+                self._under_way.pop(number).wait()
+        except Exception:
+            self._has_failed = True
+            raise
 
     def __del__(self) -> None:
-        self.wait()  # a model may outlive its optimizer
+        if not self._has_failed:  # else the others do not come either, and the process is to end
+            self.wait()  # a model may outlive its optimizer
 
     def overlap(self, model: nn.Module) -> None:
         """Let ``model`` wait for its parameters, each module for its own.
@@ -68,7 +78,8 @@ class Arrivals:
         """
         if any(known() is model for known in self._models):
             return
-        if not any(self._shard.holds(parameter) for parameter in model.parameters()):
+        parameters = model.parameters() if isinstance(model, nn.Module) else ()
+        if not any(self._shard.holds(parameter) for parameter in parameters):
             raise ValueError(
                 f"overlap_forward: expected a model with parameters of this optimizer, got a "
                 f"{type(model).__name__} with none of them; pass the model that it was built for"

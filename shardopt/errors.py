@@ -7,6 +7,7 @@
     ├── AgreementError       (RuntimeError)  ranks differ where they must not; raised on every rank
     ├── GradientError        (RuntimeError)  a gradient is missing, not finite, or changed too late
     ├── ParameterError       (RuntimeError)  a parameter left its bucket and cannot be taken back
+    ├── DeadlineError        (RuntimeError)  a rank is late, stopped, or gone
     ├── CheckpointError      (RuntimeError)  a checkpoint cannot be written, or not be read
     │   ├── CorruptError                     what lies there is not what was written
     │   ├── IncompleteError                  a part of it is not there
@@ -44,6 +45,14 @@ class GradientError(ShardoptError, RuntimeError):
 
 class ParameterError(ShardoptError, RuntimeError):
     """A parameter is no longer where the optimizer keeps it, and was not silently ignored."""
+
+
+class DeadlineError(ShardoptError, RuntimeError):
+    """A rank was not where the others waited for it: it is late, stopped, or gone.
+
+    Raised with ``Guards(deadline=)`` in place of what the backend says, which is its cause. The
+    message names the rank, and where it was last.
+    """
 
 
 class StaleStateError(ShardoptError, RuntimeError):

@@ -59,7 +59,7 @@ def refuse(algorithms: Sequence[Algorithm], groups: Sequence[Group], guards: Gua
             )
 
 
-Checks = tuple[Callable[[], None], Callable[[], None]]
+Checks = tuple[Callable[[], None], Callable[[], Exception | None], Callable[[], None]]
 
 
 def search(
@@ -79,16 +79,19 @@ def search(
         arrivals: who waits for them.
         gradients: what averages their gradients.
         groups: the user's.
-        checks: what is checked of parameters and gradients after the first evaluation, together,
-            and after each of the others, on every rank by itself.
+        checks: what is checked before the first evaluation, together; after it, returning what
+            this rank refuses; and after each of the others, on every rank by itself.
 
     Returns:
         The mean over all ranks of their first losses.
     """
     collectives = shard.collectives
+    check_together, check_first, check = checks
     agree(collectives, gradients.facts(None), "set options and call step() alike on every rank")
+    check_together()
     with all_or_none(collectives):
-        evaluate = Evaluation(closure, shard, arrivals, gradients, checks) if closure else None
+        parts = (shard, arrivals, gradients, check_first, check)
+        evaluate = Evaluation(closure, *parts) if closure else None
         if evaluate is None:
             step_without_hooks(shard.optim)  # which raises in its own words
     assert evaluate is not None
@@ -108,13 +111,13 @@ class Evaluation:
         shard: Shard,
         arrivals: Arrivals,
         gradients: Gradients,
-        checks: Checks,
+        check_first: Callable[[], Exception | None],
+        check: Callable[[], None],
     ):
         self._closure = closure
         self._shard, self._arrivals, self._gradients = shard, arrivals, gradients
-        self._check_first, self._check = checks
+        self._check_first, self._check = check_first, check
         self._is_first = True
-        self._num_passes = 1  # of backward, in one evaluation
 
     def __call__(self) -> Any:
         """The mean of the ranks' losses, of the type of this rank's own."""
@@ -123,9 +126,7 @@ class Evaluation:
             self.gather()
             self._arrivals.wait()
         loss, value = self._evaluate(is_first)
-        if is_first:
-            self._check_first()
-        self._gradients.settle()
+        self._gradients.settle(self._check_first() if is_first else None)
         update.give_gradients(self._shard, self._shard.segments, self._gradients.of)
         mean = self._mean(value)
         return torch.full_like(loss.detach(), mean) if isinstance(loss, Tensor) else mean
@@ -143,12 +144,12 @@ class Evaluation:
             value = float(loss.detach() if isinstance(loss, Tensor) else loss)
             if not is_first:
                 self._check()
-        self._num_passes = self._gradients.num_rounds - before
+        self._gradients.num_passes = self._gradients.num_rounds - before
         return loss, value
 
     @contextmanager
     def _lost_if_it_fails(self) -> Iterator[None]:
-        expected = self._gradients.num_rounds + self._num_passes
+        expected = self._gradients.num_rounds + self._gradients.num_passes
         try:
             yield
         except Exception:

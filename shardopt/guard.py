@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from torch import Tensor
 from shardopt.comm.collectives import Collectives, gather_texts
 from shardopt.errors import AgreementError
 
-_CHUNK = 1 << 18  # elements hashed at once: 4 MB beside the tensor
+_CHUNK = 1 << 17  # elements hashed at once: 3 MB beside the tensor, within a core's cache
+_OF_PLACE = 0x1E3779B97F4A7C15
 
 
 def agree(collectives: Collectives, facts: Mapping[str, object], remedy: str) -> None:
@@ -93,19 +94,33 @@ def all_or_none(collectives: Collectives) -> Iterator[None]:
         yield
     except Exception as problem:
         error = problem
-    failed = collectives.all_gather_rows(
-        torch.tensor([int(error is not None)], device="cpu")
-    ).flatten()
-    if not failed.any():
-        return
+    failed = torch.tensor([int(error is not None)], device="cpu")
+    try:
+        if collectives.all_gather_rows(failed).any():
+            fail_everywhere(collectives, error)
+    finally:
+        del error  # or its traceback and this frame hold one another
+
+
+def fail_everywhere(collectives: Collectives, error: Exception | None) -> NoReturn:
+    """Raise on every rank, since one of them has an ``error``; see ``all_or_none``. Collective."""
     texts = gather_texts(collectives, f"{type(error).__name__}: {error}".encode() if error else b"")
-    if error is not None:
-        try:
+    try:
+        if error is not None:
             raise error
-        finally:
-            del error  # or its traceback and this frame hold one another
-    rank = int(failed.nonzero()[0])
+    finally:
+        del error
+    rank = next(rank for rank, text in enumerate(texts) if text)
     raise AgreementError(f"rank {rank} failed where this one did not: {texts[rank].decode()}")
+
+
+def attempt(action: Callable[[], None]) -> Exception | None:
+    """What ``action`` raises, for ``fail_everywhere``."""
+    try:
+        action()
+    except Exception as problem:
+        return problem
+    return None
 
 
 def agree_on_values(
@@ -131,6 +146,31 @@ def agree_on_gradients(
     _agree_on_tensors(collectives, "gradient", names, gradients, remedy)
 
 
+@torch.no_grad()
+def agree_on_buckets(
+    collectives: Collectives,
+    buckets: Sequence[Tensor],  # each (numel,) of 8 bytes or a multiple
+    names: Sequence[str],
+    parameters: Sequence[Tensor],
+) -> None:
+    """Return if every rank has the same parameters; else ``AgreementError``. Collective.
+
+    Buckets are hashed as they lie in memory, on their device; parameters only to name one.
+    """
+    if collectives.num_ranks == 1 or not buckets:
+        return
+    prints = [_hash(bucket.view(torch.uint8).view(torch.int64)) for bucket in buckets]
+    rows = collectives.all_gather_rows(torch.stack([each.to(prints[0].device) for each in prints]))
+    if (rows == rows[0]).all():
+        return
+    either = "of two ranks, either may be the odd one; " if collectives.num_ranks == 2 else ""
+    remedy = (
+        f"{either}memory has changed there, or code wrote to it on one rank alone: resume from the "
+        "last checkpoint, and test that host"
+    )
+    _agree_on_tensors(collectives, "value", names, parameters, remedy)
+
+
 def _agree_on_tensors(
     collectives: Collectives,
     what: str,
@@ -138,7 +178,7 @@ def _agree_on_tensors(
     tensors: Sequence[Tensor | None],  # ``None``: this rank has none
     remedy: str,
 ) -> None:
-    if collectives.world_size == 1 or not tensors:
+    if collectives.num_ranks == 1 or not tensors:
         return
     prints = [0 if tensor is None else fingerprint(tensor) for tensor in tensors]
     rows = collectives.all_gather_rows(torch.tensor(prints, device="cpu"))
@@ -162,19 +202,37 @@ def fingerprint(tensor: Tensor) -> int:
         return _of_sparse(tensor)
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    tensor = tensor.resolve_neg()
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = tensor.detach().reshape(-1).view(integers[tensor.dtype.itemsize])
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    bits = tensor.detach().resolve_neg().reshape(-1).view(integers[tensor.dtype.itemsize])
+    return int(_hash(bits)) or 1
+
+
+def _hash(
+    bits: Tensor,  # (n,) integers
+) -> Tensor:  # () int64, without waiting for the device
+    places = torch.arange(1, min(bits.numel(), _CHUNK) + 1, device=bits.device).mul_(_OF_PLACE)
+    room, more_room = torch.empty_like(places), torch.empty_like(places)
+    total = places.new_zeros(())
     for start in range(0, bits.numel(), _CHUNK):
         chunk = bits[start : start + _CHUNK]
-        mixed = torch.arange(start + 1, start + 1 + chunk.numel(), device=bits.device)
-        mixed.mul_(0x1E3779B97F4A7C15).add_(chunk)
-        mixed ^= (mixed >> 32).bitwise_and_(0xFFFFFFFF)  # an unsigned shift
+        mixed, shifted = room[: chunk.numel()], more_room[: chunk.numel()]
+        torch.add(places[: chunk.numel()], chunk, out=mixed).add_(_signed(start * _OF_PLACE))
+        _fold(mixed, shifted)
         mixed *= 0x2545F4914F6CDD1D
-        mixed ^= (mixed >> 32).bitwise_and_(0xFFFFFFFF)
+        _fold(mixed, shifted)
         total += mixed.sum()
-    return int(total) or 1
+    return total
+
+
+def _fold(mixed: Tensor, shifted: Tensor) -> None:
+    """XOR with itself, shifted by 32 bits as if it had no sign."""
+    torch.bitwise_right_shift(mixed, 32, out=shifted).bitwise_and_(0xFFFFFFFF)
+    mixed ^= shifted
+
+
+def _signed(number: int) -> int:
+    """The same 64 bits, as an integer with a sign."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _of_sparse(tensor: Tensor) -> int:

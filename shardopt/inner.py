@@ -51,6 +51,10 @@ class InnerMethods(Optimizer):
 
         It may change parameters, state and options. It sees no gradients.
         """
+        with self.collectives.during(f"{name}()"):
+            return self._call_together(name, args, kwargs)
+
+    def _call_together(self, name: str, args: Any, kwargs: Any) -> Any:
         shard, groups = self._shard, self.param_groups
         self._arrivals.wait()
         facts = {"the method called": name, "its arguments": [args, kwargs], **option_facts(groups)}

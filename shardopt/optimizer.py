@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,20 +14,19 @@ from shardopt import evaluation, update, validation
 from shardopt.algos import Algorithm
 from shardopt.algos.registry import algorithms_for
 from shardopt.arrivals import Arrivals
+from shardopt.checks import CheckedOptimizer
 from shardopt.comm import Collectives, choose_collectives
-from shardopt.gradients import GradientMethods, Gradients, gradients_of
-from shardopt.gradients.refusals import refuse_ddp, refuse_gradients
-from shardopt.guard import agree, agree_on_gradients, agree_on_values, all_or_none
+from shardopt.comm.watch import watch
+from shardopt.gradients import GradientMethods, Gradients, gradients_of, refuse_ddp
+from shardopt.guard import agree, agree_on_values, all_or_none
 from shardopt.inner import InnerMethods
 from shardopt.local_state import clone
 from shardopt.policies import Guards
 from shardopt.shard import Group, Shard, unique_parameters
 from shardopt.state import Snapshot, StatefulOptimizer
 
-_log = logging.getLogger("shardopt")
 
-
-class ShardedOptimizer(GradientMethods, StatefulOptimizer, InnerMethods):
+class ShardedOptimizer(CheckedOptimizer, GradientMethods, StatefulOptimizer, InnerMethods):
     """A ``torch.optim`` optimizer whose state is sharded over ranks (ZeRO stage 1).
 
     Computes what ``optimizer_class`` computes on one device, with about 1/N of the optimizer
@@ -48,7 +46,7 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer, InnerMethods):
             ``torch.optim``, and LBFGS (its memory: ``algos/lbfgs.py``), are cut evenly; others get
             whole parameters, placed by cost, and must update each from its own gradient and state.
         process_group: whose ranks share the state: ``None`` (all), a ``ProcessGroup``, a
-            ``DeviceMesh`` (1-D, or 2-D: replicate x shard), or a ``Collectives``.
+            ``DeviceMesh`` (1-D, or 2-D: replicate x shard), an ``MPI.Comm``, or a ``Collectives``.
         gradients: what ranks bring in ``.grad``. ``"replicated"``: the averaged gradient (by DDP
             or by hand). ``"local"``: each its own; shardopt averages, while backward goes on.
             ``"sharded"``: the same, and frees each gradient as it is averaged: a rank keeps its
@@ -79,8 +77,6 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer, InnerMethods):
         ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, arXiv:1910.02054.
     """
 
-    _num_steps = 0
-
     def __init__(
         self,
         params: Iterable[Any],
@@ -93,11 +89,11 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer, InnerMethods):
         bucket_cap_mb: float = 25.0,
         **options: Any,
     ):
-        self.collectives: Collectives = choose_collectives(process_group)
-        self.optimizer_class = optimizer_class
         self.guards = Guards() if guards is None else guards
+        limit = getattr(guards, "deadline", None)  # what else guards may be is refused below
+        self.collectives: Collectives = choose_collectives(process_group, limit)
+        self.optimizer_class, self._kind = optimizer_class, gradients
         self._means_all_ranks = process_group is None
-        self._kind = gradients
         policies = {"gradients": gradients, "kernel": kernel, "guards": self.guards}
         with all_or_none(self.collectives):
             entries = validation.listed(params)
@@ -115,11 +111,11 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer, InnerMethods):
             bucket_bytes=int(bucket_cap_mb * (1 << 20)),
             options=options,
         )
-        self._snapshot = Snapshot(self._shard)
-        self._arrivals = Arrivals(self._shard)
+        self._snapshot, self._arrivals = Snapshot(self._shard), Arrivals(self._shard)
         self._gradients = self._make_gradients()
         facts = {"the optimizer class": self._shard.class_of({}), **policies}
         self._build(self.param_groups, algorithms, facts)
+        watch(self.collectives, limit)  # on which ranks have agreed
         self._built = True
 
     # -- groups --------------------------------------------------------------------------------
@@ -129,6 +125,10 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer, InnerMethods):
         if not self._built:
             super().add_param_group(param_group)
             return
+        with self.collectives.during("add_param_group()"):
+            self._add_built_group(param_group)
+
+    def _add_built_group(self, param_group: Group) -> None:
         num_known = len(self.param_groups)
         try:
             with all_or_none(self.collectives):
@@ -171,7 +171,11 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer, InnerMethods):
     def _make_gradients(self) -> Gradients:
         def facts(norm_type: float | None) -> dict[str, object]:
             does = "step()" if norm_type is None else f"clip_grad_norm_(norm_type={norm_type})"
-            counted = {"the number of steps": self._num_steps, "what is called": does}
+            counted = {
+                "the number of steps": self._num_steps,
+                "what is called": does,
+                "the number of groups": len(self.param_groups),
+            }
             return counted | validation.option_facts(self.param_groups, wait_for_device=False)
 
         return gradients_of(self._kind, self._shard, self.guards, facts)
@@ -191,13 +195,17 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer, InnerMethods):
         Raises:
             ParameterError: a parameter has another shape, dtype or device than at construction.
             GradientError: a gradient is missing, not finite or changed too late, see ``Guards``.
-            AgreementError: ranks differ: with replicated gradients at the first step, if these do;
-                otherwise at any step, in options or in steps taken.
+            AgreementError: ranks differ in options, in steps taken, in which gradients they have,
+                or in gradients that should be the same; see ``Guards``.
+            DeadlineError: a rank did not come in time, see ``Guards``.
         """
-        first = self._num_steps == 0
-        checks = (self._check_first_step if first else self._check_step, self._check_step)
+        with self.collectives.during("step()", self._num_steps + 1):
+            return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         if self._shard.flat:
             parts = (self._shard, self._arrivals, self._gradients)
+            checks = (self._compare_replicas_if_due, self._check, self._check_alone)
             loss = evaluation.search(closure, *parts, self.param_groups, checks)
             self._num_steps += 1
             return loss
@@ -206,11 +214,11 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer, InnerMethods):
             with torch.enable_grad():
                 loss = closure()
         self._arrivals.wait()
-        checks[0]()
-        verdict = self._gradients.settle()
+        verdict = self._gradients.settle(self._check())
+        self._compare_replicas_if_due()
         if not verdict.skips:
             with torch.no_grad():
-                self._update(verdict.present, guarded=first)
+                self._update(verdict.present, guarded=self._num_steps == 0)
             self._num_steps += 1
         self._gradients.consume()
         return loss
@@ -223,31 +231,6 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer, InnerMethods):
             with all_or_none(self.collectives):
                 buckets = iter(list(buckets))
         self._arrivals.expect(update.gather(shard, buckets, present, gradients.of))
-
-    def _check_step(self) -> None:
-        """Drop what was consolidated, which grows old; take parameters back; refuse gradients."""
-        shard = self._shard
-        self._snapshot.drop()
-        shard.check_groups(self.param_groups)
-        shard.buffers.take_back(shard.names)
-        refuse_gradients(shard, made_dense=self._gradients.reduces)
-
-    def _check_first_step(self) -> None:
-        """Also compare gradients: the first chance to see that nobody reduces them."""
-        if self._means_all_ranks:
-            validation.refuse_late_ranks(self.collectives)
-        with all_or_none(self.collectives):
-            self._check_step()
-            if self._gradients.reduces:
-                refuse_ddp(self.param_groups)
-        if self.guards.replicas and not self._gradients.reduces:
-            agree_on_gradients(self.collectives, self._shard.names, self._shard.parameters)
-        if self.collectives.world_size > 1 and self.collectives.rank == 0:
-            _log.info(
-                "the optimizer state is sharded over %d ranks; to save it, call consolidate_state_"
-                "dict(to=0) on every rank, then state_dict() on rank 0",
-                self.collectives.world_size,
-            )
 
     def overlap_forward(self, model: nn.Module) -> None:
         """Let the next forward, not ``step``, wait for the updated parameters, module by module.
@@ -267,17 +250,6 @@ class ShardedOptimizer(GradientMethods, StatefulOptimizer, InnerMethods):
     def wait(self) -> None:
         """Return when all updated parameters are there; needed after ``overlap_forward`` only."""
         self._arrivals.wait()
-
-    # -- for tools -----------------------------------------------------------------------------
-
-    def agree(self, facts: Mapping[str, object], remedy: str) -> None:
-        """Raise ``AgreementError`` on every rank unless all bring the same facts. Collective.
-
-        Args:
-            facts: what must be equal, by name.
-            remedy: what to do otherwise; ends the message.
-        """
-        agree(self.collectives, facts, remedy)
 
     # -- copies --------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """Checkpoints of any layout, written by hand: what ``save`` gives any number of ranks."""
 
+import json
 import random
 import zlib
 from pathlib import Path
@@ -10,7 +11,7 @@ from shardopt.checkpoint.boxes import Box, boxes_of_range
 from shardopt.checkpoint.crc import block_crcs
 from shardopt.checkpoint.entries import Chunk, FileEntry, TensorEntry
 from shardopt.checkpoint.manifest import NAME, Manifest, file_header
-from shardopt.checkpoint.plain import TensorKey, encode
+from shardopt.checkpoint.plain import TensorKey, decode, encode
 
 ALIGNMENT = 64
 
@@ -54,7 +55,7 @@ def write_checkpoint(
             return TensorKey(name)
         return None
 
-    manifest.tree = {part: encode(value, (part,), refer) for part, value in tree.items()}
+    manifest.tree = json.loads(json.dumps(encode(tree, (), refer)), object_hook=decode)
     contents = [bytearray(file_header(run, step, rank)) for rank in range(world_size)]
     for name, tensor in tensors.items():
         order = order_of(tensor)

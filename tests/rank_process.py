@@ -28,7 +28,8 @@ from _pytest.config import get_config, parse_warning_filter
 
 from tests import HELPERS
 
-INJECTED = ("world_size", "rank", "device")  # what a rank gives a body, if it takes it
+# What a rank gives a body, if it takes it. (pytest's monkeypatch would undo nothing here.)
+INJECTED = ("world_size", "rank", "device", "monkeypatch")
 
 # Beyond any test's own limit: a rank that waits for ever is told with its stack
 # by pytest's side, which says more than the error of the collective.
@@ -113,12 +114,13 @@ def _rewrite_asserts() -> None:
 def _run(world: World, rank: int, module: str, name: str, params: dict, filters: list[str]) -> None:
     test = getattr(importlib.import_module(module), name)
     body = test.__wrapped__
-    injected = {"world_size": world.size, "rank": rank, "device": _device(world, rank)}
     wanted = inspect.signature(body).parameters
-    params |= {key: value for key, value in injected.items() if key in wanted}
     marks = [mark for mark in getattr(test, "pytestmark", []) if mark.name == "filterwarnings"]
     torch.manual_seed(0)
-    with warnings.catch_warnings():
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        given = (world.size, rank, _device(world, rank), patch)
+        injected = dict(zip(INJECTED, given, strict=True))
+        params |= {key: value for key, value in injected.items() if key in wanted}
         for line in [*filters, *(line for mark in reversed(marks) for line in mark.args)]:
             warnings.filterwarnings(*parse_warning_filter(line, escape=False))
         body(**params)

@@ -56,7 +56,7 @@ def on_ranks(
 ):
     """Run the decorated body on every rank, once for each of ``world_sizes``.
 
-    The body may take ``world_size``, ``rank``, ``device`` (a ``torch.device``),
+    The body may take ``world_size``, ``rank``, ``device`` (a ``torch.device``), ``monkeypatch``,
     ``tmp_path`` (one folder for all ranks), what ``pytest.mark.parametrize``
     gives it, and any fixture whose value can be pickled. On ``device="cuda"``
     the test is marked ``gpu``; with ``also_on_gpu`` it runs on ``GPU_WORLDS`` too. World sizes

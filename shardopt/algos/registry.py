@@ -50,13 +50,23 @@ def register(optimizer_class: type[Optimizer], *, per_element: Iterable[str]) ->
             (``"exp_avg"``); all other state must belong to the parameter as a whole (``"step"``).
 
     Raises:
-        TypeError: not an optimizer class.
+        TypeError: not an optimizer class, or names that are no list.
+        ValueError: a class of torch's own, which shardopt knows.
 
     Example:
         >>> shardopt.algos.register(Lion, per_element=["exp_avg"])
     """
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
         raise TypeError(f"expected a subclass of torch.optim.Optimizer, got {optimizer_class!r}")
+    if isinstance(per_element, str):
+        raise TypeError(
+            f"per_element: expected a list of names, got {per_element!r}; put it in one"
+        )
+    if optimizer_class.__module__.startswith("torch.optim."):
+        raise ValueError(
+            f"expected a class of others, got torch's {optimizer_class.__name__}, which shardopt "
+            "knows; a class derived from it may be registered"
+        )
     _know(optimizer_class, Atom.ELEMENT, per_element=frozenset(per_element), separable=False)
 
 

@@ -9,7 +9,7 @@
     consolidate(source, out)           one file that needs no shardopt; no ranks
 
 A step is a directory ``step-N``, in the format of ``torch.distributed.checkpoint``, whose tools
-read it too, with ``manifest.json`` as the truth: names, shapes, places and a CRC32 to every 64 KiB.
+read it too, with ``manifest.json`` as the truth: names, shapes, places and a CRC32 to each block.
 Nothing that is read can run code.
 
 Torch is imported late: the offline tools need none to verify or to inspect.

@@ -9,60 +9,59 @@ from __future__ import annotations
 import io
 import pickle
 import struct
-from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from shardopt.checkpoint.boxes import strides_of
+from shardopt.checkpoint.entries import TensorEntry
 
 ALIGNMENT = 64  # bytes: where storages start, in their archive
 CRC_IN_HEADER, CRC_IN_ENTRY = 14, 16  # where a record's CRC32 stands, four bytes, in both
 _NO_DATE = 0x21 << 16  # 1980-01-01, as zip counts
 _EVERYWHERE_64 = 0xFFFFFFFF  # "see the extra field"
-_NO_HOOKS: OrderedDict[str, Any] = OrderedDict()
-
-
-class Storage:
-    """Pickles as the storage whose bytes are the record ``data/<key>``."""
-
-    def __init__(self, key: str, nbytes: int):
-        self.key, self.nbytes = key, nbytes
 
 
 class Over:
-    """Pickles as a tensor that takes a whole storage.
+    """Pickles as a tensor that takes a whole storage, whose bytes are the record ``data/<number>``.
 
     Args:
-        storage: whose bytes it has.
-        dtype: torch's name of it.
-        sizes: of the tensor.
-        order: of dims in memory, from the outermost; ``None`` for their own.
+        entry: of the tensor; its chunks do not matter.
     """
 
-    def __init__(
-        self, storage: Storage, dtype: str, sizes: Sequence[int], order: Sequence[int] | None
-    ):
-        strides = strides_of(sizes, order)
-        kind = getattr(torch, dtype)
-        self._arguments = (storage, 0, tuple(sizes), strides, False, _NO_HOOKS, kind)
+    __slots__ = ("entry", "number")
+
+    def __init__(self, number: int, entry: TensorEntry):
+        self.number, self.entry = number, entry
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return torch._utils._rebuild_tensor_v3, self._arguments
+        of = self.entry
+        storage = _Storage((str(self.number), of.nbytes))
+        strides, dtype = strides_of(of.shape, of.order), getattr(torch, of.dtype)
+        arguments = (storage, 0, of.shape, strides, False, None, dtype)
+        return torch._utils._rebuild_tensor_v3, arguments
+
+
+class _Storage(tuple[str, int]):
+    """Key and number of bytes."""
+
+    __slots__ = ()
 
 
 class _Pickler(pickle.Pickler):
     def persistent_id(self, obj: object) -> object:
-        if isinstance(obj, Storage):
-            return "storage", torch.storage.UntypedStorage, obj.key, "cpu", obj.nbytes
+        if isinstance(obj, _Storage):
+            key, nbytes = obj
+            return "storage", torch.storage.UntypedStorage, key, "cpu", nbytes
         return None
 
 
 def pickled(value: Any) -> bytes:
-    """The content of ``data.pkl``."""
+    """The content of ``data.pkl``; what the value holds twice is written twice."""
     buffer = io.BytesIO()
-    _Pickler(buffer, protocol=2).dump(value)
+    pickler = _Pickler(buffer, protocol=2)
+    pickler.fast = True  # no memo, which would hold all that was pickled
+    pickler.dump(value)
     return buffer.getvalue()
 
 
@@ -89,15 +88,13 @@ def entry(name: str, size: int, crc: int, start: int) -> bytes:
     return struct.pack("<IHHHHIIIIHHHHHII", *fields) + path + extra
 
 
-def directory(entries: Sequence[bytes], start: int) -> bytes:
-    """The end of an archive whose records end at ``start``."""
-    content, count = b"".join(entries), len(entries)
-    end = (0x06064B50, 44, 45, 45, 0, 0, count, count, len(content), start)
+def ending(count: int, length: int, start: int) -> bytes:
+    """What follows ``count`` entries, of ``length`` bytes in all, that begin at ``start``."""
+    end = (0x06064B50, 44, 45, 45, 0, 0, count, count, length, start)
     last = (0x06054B50, 0, 0, 0xFFFF, 0xFFFF, _EVERYWHERE_64, _EVERYWHERE_64, 0)
     return (
-        content
-        + struct.pack("<IQHHIIQQQQ", *end)
-        + struct.pack("<IIQI", 0x07064B50, 0, start + len(content), 1)
+        struct.pack("<IQHHIIQQQQ", *end)
+        + struct.pack("<IIQI", 0x07064B50, 0, start + length, 1)
         + struct.pack("<IHHHHIIH", *last)
     )
 

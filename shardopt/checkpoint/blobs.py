@@ -12,19 +12,17 @@ import sys
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
 
 from shardopt.checkpoint.archives import (
     CRC_IN_ENTRY,
     CRC_IN_HEADER,
     Over,
-    Storage,
-    directory,
+    ending,
     entry,
     header,
     pickled,
 )
-from shardopt.checkpoint.entries import ITEMSIZE
+from shardopt.checkpoint.entries import TensorEntry
 
 
 @dataclass(frozen=True)
@@ -52,18 +50,18 @@ def _put(text: bytes, at: int, value: bytes) -> bytes:
 @lru_cache(maxsize=4096)
 def surroundings(dtype: str, sizes: tuple[int, ...], order: tuple[int, ...] | None) -> Surroundings:
     """Of a tensor of this dtype and shape, whose dims lie in memory in this order."""
-    nbytes = prod(sizes) * ITEMSIZE[dtype]
-    before, entries = b"", []
+    of = TensorEntry(dtype, sizes, order)
+    before, entries, nbytes = b"", b"", of.nbytes
     for name, content in (
-        ("data.pkl", pickled(Over(Storage("0", nbytes), dtype, sizes, order))),
+        ("data.pkl", pickled(Over(0, of))),
         ("byteorder", sys.byteorder.encode()),
         ("version", b"3\n"),
     ):
         crc = zlib.crc32(content)
-        entries.append(entry(name, len(content), crc, len(before)))
+        entries += entry(name, len(content), crc, len(before))
         before += header(name, len(content), crc, len(before), aligned=False) + content
-    start, skipped = len(before), sum(map(len, entries))
+    start, skipped = len(before), len(entries)
     before += header("data/0", nbytes, 0, start, aligned=True)
-    entries.append(entry("data/0", nbytes, 0, start))
-    after = directory(entries, len(before) + nbytes)
+    entries += entry("data/0", nbytes, 0, start)
+    after = entries + ending(4, len(entries), len(before) + nbytes)
     return Surroundings(before, after, start + CRC_IN_HEADER, skipped + CRC_IN_ENTRY)

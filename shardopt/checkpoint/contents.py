@@ -156,11 +156,8 @@ class _Collector:
                 f"expected one name for each parameter, got {twice!r} for two; construct the "
                 "optimizer from model.named_parameters(), and pass model="
             )
-        state = {
-            key: encode(entries, ("optimizer", "state", key), self._refer)
-            for key, entries in self._states(shard, keys)
-        }
-        self.contents.tree["optimizer"] = {"state": state}
+        state, path = dict(self._states(shard, keys)), ("optimizer", "state")
+        self.contents.tree["optimizer"] = {"state": encode(state, path, self._refer)}
         if self._is_first:
             saved_groups = [
                 {**group, "params": [keys[shard.index(p)] for p in group["params"]]}
@@ -176,7 +173,7 @@ class _Collector:
                 ),
             }
 
-    def _states(self, shard: Shard, keys: list[str]) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    def _states(self, shard: Shard, keys: list[str]) -> Iterator[tuple[str, dict[Any, Any]]]:
         """Parameter's key -> its state, where this rank is the one to tell; adds what is cut."""
         for index, state in states_of(shard).items():
             prefix = f"optimizer.state.{keys[index]}"

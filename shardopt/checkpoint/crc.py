@@ -8,20 +8,30 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 BLOCK = 1 << 16  # bytes: the least that is checked, so the least that is read
+MAX_BLOCK = 4 << 20  # bytes
+MAX_BLOCKS = 128  # of what has no more than MAX_BLOCK for each
+
+
+def block_size(num_bytes: int) -> int:
+    """Bytes in a block of a chunk: few in a short one, so that checksums of a long one are few."""
+    block = BLOCK
+    while block < MAX_BLOCK and block * MAX_BLOCKS < num_bytes:
+        block *= 2
+    return block
 
 
 def block_crcs(data: memoryview) -> array[int]:  # one for each block, the last may be short
-    """CRC32 of each block of some bytes."""
-    crc32 = zlib.crc32
-    blocks = range(0, len(data), BLOCK)
-    return array("I", [crc32(data[start : start + BLOCK]) for start in blocks])
+    """CRC32 of each block of a chunk."""
+    crc32, block = zlib.crc32, block_size(len(data))
+    blocks = range(0, len(data), block)
+    return array("I", [crc32(data[start : start + block]) for start in blocks])
 
 
 def crc_of_blocks(crcs: Sequence[int], length: int) -> int:
     """CRC32 of all ``length`` bytes, from those of their blocks."""
-    total = 0
+    total, block = 0, block_size(length)
     for number, crc in enumerate(crcs):
-        total = joined(total, crc, min(BLOCK, length - number * BLOCK))
+        total = joined(total, crc, min(block, length - number * block))
     return total
 
 

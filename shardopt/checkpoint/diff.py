@@ -20,6 +20,7 @@ from shardopt.checkpoint.stream import Stream
 from shardopt.checkpoint.trees import leaves
 
 _NUMEL = 1 << 18  # elements compared at once: 2 MB where they are compared in double
+_LARGEST = 16  # bytes of an element
 
 
 @dataclass
@@ -113,7 +114,8 @@ def diff(
 class _Comparison:
     def __init__(self, a: Source, b: Source, found: Difference):
         self._a, self._b, self._found = a, b, found
-        self._streams = Stream(a.reader), Stream(b.reader)
+        size = _NUMEL * _LARGEST
+        self._streams = Stream(a.reader, size), Stream(b.reader, size)
 
     def add(self, where: str, x: Any, y: Any) -> None:
         """Compare what two checkpoints have at one place."""

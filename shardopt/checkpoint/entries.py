@@ -19,7 +19,7 @@ ITEMSIZE = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Chunk:
     """The bytes of one box of a tensor."""
 
@@ -30,7 +30,7 @@ class Chunk:
     order: tuple[int, ...] | None = None  # of dims in the bytes, if not the tensor's own
 
 
-@dataclass
+@dataclass(slots=True)
 class TensorEntry:
     """A tensor, whole: what it is, and the chunks that make it up.
 

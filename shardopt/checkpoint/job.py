@@ -26,13 +26,12 @@ from shardopt.checkpoint.arguments import check_numbers, check_parts, given
 from shardopt.checkpoint.contents import Contents, contents_of
 from shardopt.checkpoint.dcp_metadata import VALUES, dcp_files
 from shardopt.checkpoint.entries import FileEntry, TensorEntry
+from shardopt.checkpoint.entry_text import from_text, to_text
 from shardopt.checkpoint.garbage import no_collection
 from shardopt.checkpoint.manifest import (
     NAME,
     Manifest,
     file_header,
-    tensor_from_json,
-    tensor_to_json,
 )
 from shardopt.checkpoint.plain import decode
 from shardopt.checkpoint.steps import NewStep, write_synced
@@ -121,14 +120,12 @@ class Job:
         """The files that say what ranks have written, in the order of writing."""
         manifest = Manifest(run, self._step, len(texts), self._facts)
         for text in texts:
-            _merge(manifest, json.loads(text))
+            _merge(manifest, json.loads(text, object_hook=decode))
         _in_order(manifest)
         _check_whole(manifest)
         for name, entry in manifest.files.items():
             _check_seen(new.temporary / name, entry.size)
-        metadata, values = dcp_files(
-            {**decode(manifest.tree), "step": self._step}, manifest.tensors
-        )
+        metadata, values = dcp_files({**manifest.tree, "step": self._step}, manifest.tensors)
         files = {VALUES: values, ".metadata": metadata}
         for name, data in files.items():
             manifest.files[name] = FileEntry(len(data), zlib.crc32(data), None)
@@ -142,7 +139,7 @@ def _write_file(new: NewStep, header: bytes, contents: Contents, number: int) ->
     entries, file = write_pieces(path, header, contents.pieces, number)
     told = {
         "tree": contents.tree,
-        "tensors": {key: tensor_to_json(entry) for key, entry in entries.items()},
+        "tensors": {key: to_text(entry) for key, entry in entries.items()},
         "files": {path.name: [file.size, file.crc, file.rank]},
     }
     return json.dumps(told, separators=(",", ":"), allow_nan=False).encode()
@@ -154,8 +151,8 @@ def _merge(manifest: Manifest, told: dict[str, Any]) -> None:
         known = manifest.tree.setdefault(name, part)
         if name == "optimizer" and known is not part:
             known["state"].update(part["state"])
-    for key, data in told["tensors"].items():
-        entry = tensor_from_json(data)
+    for key, text in told["tensors"].items():
+        entry = from_text(text)
         known = manifest.tensors.setdefault(key, TensorEntry(entry.dtype, entry.shape, entry.order))
         if (known.dtype, known.shape, known.order) != (entry.dtype, entry.shape, entry.order):
             raise CheckpointError(

@@ -10,22 +10,23 @@ from __future__ import annotations
 import json
 import sys
 import zlib
-from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shardopt.checkpoint.boxes import Box
 from shardopt.checkpoint.covered import check_covered
-from shardopt.checkpoint.crc import BLOCK
-from shardopt.checkpoint.entries import ITEMSIZE, RESTORE, Chunk, FileEntry, TensorEntry
+from shardopt.checkpoint.crc import BLOCK, MAX_BLOCK, MAX_BLOCKS
+from shardopt.checkpoint.entries import RESTORE, FileEntry, TensorEntry
+from shardopt.checkpoint.entry_text import from_text, to_text
 from shardopt.checkpoint.garbage import no_collection
+from shardopt.checkpoint.plain import MARK, TensorKey, decode, encode
 from shardopt.checkpoint.steps import number_of
 from shardopt.errors import CorruptError, IncompleteError
 
 NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 3
+BLOCKS = [BLOCK, MAX_BLOCK, MAX_BLOCKS]
+_WRONG = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError)
 HEADER = 128  # bytes at the start of each file that a rank writes, see file_header
 
 
@@ -53,7 +54,7 @@ class Manifest:
         world_size: number of ranks that wrote.
         facts: more about the save, for readers: the optimizer's class, versions.
         tree: ``{"model": ..., "optimizer": ..., "scheduler": ..., "extra": ...}``, those that were
-            saved, as ``plain.encode`` writes them.
+            saved, with a ``TensorKey`` for each tensor.
         tensors: key -> entry.
         files: name -> entry; all but the manifest.
     """
@@ -73,10 +74,10 @@ class Manifest:
             "run": self.run,
             "step": self.step,
             "world_size": self.world_size,
-            "block": BLOCK,
+            "blocks": BLOCKS,
             "facts": self.facts,
-            "tree": self.tree,
-            "tensors": {key: tensor_to_json(entry) for key, entry in self.tensors.items()},
+            "tree": encode(self.tree),
+            "tensors": {key: to_text(entry) for key, entry in self.tensors.items()},
             "files": {
                 name: [entry.size, entry.crc, entry.rank] for name, entry in self.files.items()
             },
@@ -85,69 +86,31 @@ class Manifest:
         return b'{"crc32":"%08x","manifest":%s}\n' % (zlib.crc32(text), text)
 
 
-def tensor_to_json(entry: TensorEntry) -> list[Any]:
-    """``[dtype, shape, order, chunks]``; a chunk is ``[offsets, sizes, file, offset, crcs]``."""
-    chunks = [
-        [
-            list(chunk.box.offsets),
-            list(chunk.box.sizes),
-            chunk.file,
-            chunk.offset,
-            _big_endian(array("I", chunk.crcs or ())).tobytes().hex(),
-        ]
-        for chunk in entry.chunks
-    ]
-    return [entry.dtype, list(entry.shape), entry.order and list(entry.order), chunks]
+def _check_optimizer(value: Any) -> None:
+    """A ``state_dict``, if it has groups: of dicts whose parameters have names."""
+    if isinstance(value, dict) and "param_groups" in value:
+        for group in value["param_groups"]:
+            set({**group}["params"])
+        {**value["state"], **value.get("own", {})}
 
 
-def tensor_from_json(data: Sequence[Any]) -> TensorEntry:
-    """What ``tensor_to_json`` was given. Raises ``ValueError``, ``TypeError`` or ``KeyError``."""
-    dtype, shape, order, chunks = data
-    ITEMSIZE[dtype]  # known
-    return TensorEntry(
-        dtype,
-        _integers(shape),
-        None if order is None else _integers(order),
-        [
-            Chunk(
-                _box(offsets, sizes),
-                str(file),
-                int(offset),
-                _big_endian(array("I", bytes.fromhex(crcs))),
-            )
-            for offsets, sizes, file, offset, crcs in chunks
-        ],
-    )
+def _integer(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"expected an integer from 0 on, got {value!r}")
+    return value
 
 
-def _box(offsets: Sequence[Any], sizes: Sequence[Any]) -> Box:
-    if len(offsets) != len(sizes):
-        raise ValueError(f"expected as many offsets as sizes, got {offsets} and {sizes}")
-    return Box(_integers(offsets), _integers(sizes))
+def _file(size: Any, crc: Any, rank: Any) -> FileEntry:
+    optional = (None if number is None else _integer(number) for number in (crc, rank))
+    return FileEntry(_integer(size), *optional)
 
 
-def _integers(values: Sequence[Any]) -> tuple[int, ...]:
-    if not {*map(type, values)} <= {int}:
-        raise ValueError(f"expected integers, got {values}")
-    return tuple(values)
-
-
-def _file_from_json(entry: Sequence[Any]) -> FileEntry:
-    size, crc, rank = entry
-    return FileEntry(
-        int(size), None if crc is None else int(crc), rank if rank is None else int(rank)
-    )
-
-
-def _big_endian(crcs: array[int]) -> array[int]:
-    """From this machine's order of bytes to the manifest's, or back."""
-    if sys.byteorder == "little":
-        crcs.byteswap()
-    return crcs
-
-
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(directory: Path, *, values: bool = True) -> Manifest:
     """The manifest of a checkpoint, checked against its own checksum and for completeness.
+
+    Args:
+        values: whether its tree is to be made; else it is left as JSON has it, which takes less
+            time.
 
     Raises:
         IncompleteError: there is none.
@@ -155,13 +118,12 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / NAME
     try:
-        data = path.read_bytes()
+        manifest = parse_manifest(path.read_bytes(), path, values)
     except (FileNotFoundError, NotADirectoryError):
         raise IncompleteError(
             f"{directory}: expected a checkpoint with {NAME}, got none; name the directory of one "
             "step (step-N)"
         ) from None
-    manifest = parse_manifest(data, path)
     if number_of(directory) not in (None, manifest.step):
         raise CorruptError(
             f"{path}: expected the manifest of {directory.name}, got that of step "
@@ -171,9 +133,29 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-@no_collection()
-def parse_manifest(data: bytes, path: Path) -> Manifest:
+def parse_manifest(data: bytes, path: Path, values: bool = True) -> Manifest:
     """See ``read_manifest``."""
+    with no_collection():
+        try:
+            text = _checked(data, path)
+            del data  # is as large
+            manifest = _made(text, path, values)
+        except _WRONG as problem:
+            raise CorruptError(
+                f"{path}: not a manifest of shardopt ({problem}); {RESTORE}"
+            ) from None
+        check_covered(path, manifest.tensors, manifest.files)
+    ranks = sorted(entry.rank for entry in manifest.files.values() if entry.rank is not None)
+    if len(ranks) != manifest.world_size or ranks != list(range(len(ranks))):
+        raise CorruptError(
+            f"{path}: expected a file of each of {manifest.world_size} ranks, got files of ranks "
+            f"{ranks}; {RESTORE}"
+        )
+    return manifest
+
+
+def _checked(data: bytes, path: Path) -> str:
+    """What the first member is the CRC32 of."""
     head, tail = b'{"crc32":"', b'","manifest":'
     start = len(head) + 8 + len(tail)
     text = memoryview(data)[start:-2]
@@ -182,29 +164,43 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
     expected, got = data[len(head) : len(head) + 8].decode("ascii", "replace"), zlib.crc32(text)
     if expected != f"{got:08x}":
         raise CorruptError(f"{path}: expected CRC32 {expected}, got {got:08x}; {RESTORE}")
-    try:
-        body = json.loads(str(text, "utf-8"))
-        if body["format"] != FORMAT or body["block"] != BLOCK:
-            raise CorruptError(
-                f"{path}: expected format {FORMAT}, got {body['format']}; it was written by "
-                "another version of shardopt: read it with that one"
-            )
-        manifest = Manifest(
-            run=str(body["run"]),
-            step=int(body["step"]),
-            world_size=int(body["world_size"]),
-            facts=dict(body["facts"]),
-            tree=dict(body["tree"]),
-            tensors={key: tensor_from_json(entry) for key, entry in body["tensors"].items()},
-            files={name: _file_from_json(entry) for name, entry in body["files"].items()},
-        )
-    except (ValueError, TypeError, KeyError, AttributeError) as problem:
-        raise CorruptError(f"{path}: not a manifest of shardopt ({problem}); {RESTORE}") from None
-    check_covered(path, manifest.tensors, manifest.files)
-    ranks = sorted(entry.rank for entry in manifest.files.values() if entry.rank is not None)
-    if ranks != list(range(manifest.world_size)):
+    return str(text, "utf-8")
+
+
+def _made(text: str, path: Path, values: bool) -> Manifest:
+    body, named = _decoded(text) if values else (json.loads(text), [])
+    if body["format"] != FORMAT or body["blocks"] != BLOCKS:
         raise CorruptError(
-            f"{path}: expected a file of each of {manifest.world_size} ranks, got files of ranks "
-            f"{ranks}; {RESTORE}"
+            f"{path}: expected format {FORMAT}, got {body['format']}; it was written by another "
+            "version of shardopt: read it with that one"
         )
-    return manifest
+    tensors = {sys.intern(key): from_text(text) for key, text in body["tensors"].items()}
+    if lost := [key for key in named if key not in tensors]:
+        raise ValueError(f"expected an entry for tensor {lost[0]!r}, got none")
+    if values:
+        _check_optimizer(body["tree"].get("optimizer"))
+    return Manifest(
+        run=str(body["run"]),
+        step=_integer(body["step"]),
+        world_size=_integer(body["world_size"]),
+        facts={sys.intern(name): str(fact) for name, fact in body["facts"].items()},
+        tree=dict(body["tree"]),
+        tensors=tensors,
+        files={sys.intern(name): _file(*entry) for name, entry in body["files"].items()},
+    )
+
+
+def _decoded(text: str) -> tuple[Any, list[str]]:
+    """JSON with values as they were, each made as it is read, and the tensors that they name.
+
+    So the dicts that they are written as are never there all at once.
+    """
+    named: list[str] = []
+
+    def revive(data: dict[str, Any]) -> Any:
+        value = decode(data) if MARK in data else data
+        if type(value) is TensorKey:
+            named.append(value.key)
+        return value
+
+    return json.loads(text, object_hook=revive), named

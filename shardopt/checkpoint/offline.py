@@ -158,7 +158,7 @@ class _Files:
         self._refuse_existing(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self._written.append((temporary, path))
-        with naming(path), open(temporary, "xb", buffering=1 << 20) as file:
+        with naming(path), open(temporary, "xb", buffering=1 << 16) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -11,11 +11,11 @@ from math import prod
 from pathlib import Path
 
 from shardopt.checkpoint.boxes import Box, dims_in, strides_of
-from shardopt.checkpoint.crc import BLOCK
+from shardopt.checkpoint.crc import MAX_BLOCK, block_size
 from shardopt.checkpoint.entries import RESTORE, Chunk, FileEntry, TensorEntry
 from shardopt.errors import CorruptError, IncompleteError
 
-PIECE = 4 << 20  # bytes: the most that is read at once
+PIECE = MAX_BLOCK  # bytes: the most that is read at once
 _MAX_OPEN = 64  # files
 
 
@@ -41,7 +41,7 @@ class Reader:
         self.bytes_read = 0
         self._files = files or {}
         self._open: OrderedDict[str, int] = OrderedDict()
-        self._block = bytearray(BLOCK)
+        self._block = bytearray()
         self._block_is: tuple[str, int] | None = None  # file and offset of what _block holds
 
     def read(self, key: str, box: Box, out: memoryview) -> None:
@@ -79,7 +79,7 @@ class Reader:
 
     def fill(self, name: str, offset: int, out: memoryview) -> bool:
         """Read into ``out``; returns whether there was enough to fill it."""
-        fd, done = self._descriptor(name), 0
+        fd, done = self.descriptor(name), 0
         while done < len(out):
             count = os.preadv(fd, [out[done:]], offset + done)
             if count == 0:
@@ -88,7 +88,8 @@ class Reader:
         self.bytes_read += len(out)
         return True
 
-    def _descriptor(self, name: str) -> int:
+    def descriptor(self, name: str) -> int:
+        """An open file, good until others are asked for."""
         if name in self._open:
             self._open.move_to_end(name)
             return self._open[name]
@@ -111,8 +112,11 @@ class Reader:
     def checked_block(self, key: str, entry: TensorEntry, chunk: Chunk, number: int) -> memoryview:
         """One block of a chunk, kept until another is asked for."""
         size = chunk.box.numel * entry.itemsize
-        start = number * BLOCK
-        view = memoryview(self._block)[: min(BLOCK, size - start)]
+        block = block_size(size)
+        start = number * block
+        if len(self._block) < block:
+            self._block, self._block_is = bytearray(block), None
+        view = memoryview(self._block)[: min(block, size - start)]
         place = chunk.file, chunk.offset + start
         if place != self._block_is:
             self._block_is = None
@@ -122,24 +126,29 @@ class Reader:
 
     def fill_checked(self, key: str, chunk: Chunk, start: int, out: memoryview) -> None:
         """Read whole blocks of a chunk, from byte ``start`` of it on, and check each."""
-        path = self.directory / chunk.file
         if not self.fill(chunk.file, chunk.offset + start, out):
-            raise CorruptError(
-                f"{path}: expected {len(out)} bytes of tensor {key!r} at byte "
-                f"{chunk.offset + start}, got the end of the file; {RESTORE}"
-            )
+            raise self.cut_short(key, chunk, start, len(out))
         if chunk.crcs is None:
             return
-        first = start // BLOCK
-        for number in range(-(-len(out) // BLOCK)):
-            got = zlib.crc32(out[number * BLOCK : (number + 1) * BLOCK])
+        path, entry = self.directory / chunk.file, self.tensors[key]
+        block = block_size(chunk.box.numel * entry.itemsize)
+        first = start // block
+        for number in range(-(-len(out) // block)):
+            got = zlib.crc32(out[number * block : (number + 1) * block])
             if got != chunk.crcs[first + number]:
-                at = chunk.offset + start + number * BLOCK
+                at = chunk.offset + start + number * block
                 raise CorruptError(
-                    f"{path}: tensor {key!r}, {chunk.box} of {self.tensors[key]}, block at byte "
+                    f"{path}: tensor {key!r}, {chunk.box} of {entry}, block at byte "
                     f"{at}: expected CRC32 {chunk.crcs[first + number]:08x}, got {got:08x}; "
                     f"{RESTORE}"
                 )
+
+    def cut_short(self, key: str, chunk: Chunk, start: int, size: int) -> CorruptError:
+        """A file has not all of a chunk's bytes."""
+        return CorruptError(
+            f"{self.directory / chunk.file}: expected {size} bytes of tensor {key!r} at byte "
+            f"{chunk.offset + start}, got the end of the file; {RESTORE}"
+        )
 
 
 class _ChunkBytes:
@@ -148,18 +157,19 @@ class _ChunkBytes:
     def __init__(self, reader: Reader, key: str, entry: TensorEntry, chunk: Chunk):
         self._reader, self._key, self._entry, self._chunk = reader, key, entry, chunk
         self._size = chunk.box.numel * entry.itemsize
+        self._block = block_size(self._size)
 
     def copy(self, start: int, out: memoryview) -> None:
         """Fill ``out`` from byte ``start`` on; parts of a block by way of memory."""
-        done = 0
+        done, size = 0, self._block
         while done < len(out):
             at, left = start + done, len(out) - done
-            whole = left - left % BLOCK if at + left < self._size else left
-            if at % BLOCK == 0 and whole > 0:
+            whole = left - left % size if at + left < self._size else left
+            if at % size == 0 and whole > 0:
                 count = min(whole, PIECE)
                 self._reader.fill_checked(self._key, self._chunk, at, out[done : done + count])
             else:
-                number, skip = divmod(at, BLOCK)
+                number, skip = divmod(at, size)
                 block = self._reader.checked_block(self._key, self._entry, self._chunk, number)
                 count = min(left, len(block) - skip)
                 out[done : done + count] = block[skip : skip + count]

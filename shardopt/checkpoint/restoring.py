@@ -61,7 +61,8 @@ def load(
     """Load a checkpoint that any number of ranks has written. Collective.
 
     Each rank reads what it is to hold, every block checked against its checksum. If anything is
-    wrong on any rank, nothing changes on any.
+    wrong on any rank, nothing changes on any; but a load hook of the model's own that raises leaves
+    the model as far as it has come.
 
     Args:
         directory: of steps, of which the newest that verifies is taken; or of one step; or what
@@ -86,6 +87,19 @@ def load(
         100
     """
     collectives = collectives_of(optimizer, process_group)
+    with collectives.during("checkpoint.load()"):
+        return _load(collectives, directory, step, model, optimizer, scheduler, strict)
+
+
+def _load(
+    collectives: Collectives,
+    directory: str | os.PathLike[str],
+    step: int | None,
+    model: Any,
+    optimizer: Any,
+    scheduler: Any,
+    strict: bool,
+) -> Loaded:
     settle(collectives)
     loaded = given(model, optimizer, scheduler)
     facts: dict[str, object] = {"strict": strict, "what is loaded": loaded}

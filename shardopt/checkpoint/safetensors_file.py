@@ -17,8 +17,9 @@ import torch
 from shardopt.checkpoint.boxes import Box, cut, strides_of
 from shardopt.checkpoint.entries import TensorEntry
 from shardopt.checkpoint.plain import TensorKey, TreePath, dotted, encode
+from shardopt.checkpoint.reader import PIECE
 from shardopt.checkpoint.source import ReadsBoxes, Source
-from shardopt.checkpoint.stream import PIECE, Stream
+from shardopt.checkpoint.stream import Stream
 from shardopt.checkpoint.trees import changed, leaves, refused, tensors_by_path
 
 # Their names of torch's dtypes.
@@ -65,7 +66,7 @@ def metadata(tree: dict[str, Any], step: int | None, bare: bool) -> dict[str, st
         if part == "model" and all(isinstance(leaf, TensorKey) for _, leaf in leaves(value)):
             continue
         named = changed(value, lambda path, leaf: _named(path[bare:], leaf), (part,))
-        text[part] = json.dumps(encode(named, (part,), lambda *_: None), allow_nan=False)
+        text[part] = json.dumps(encode(named, (part,)), allow_nan=False)
     return text
 
 

@@ -31,7 +31,7 @@ class _Saving(Future[Path]):
 _log = logging.getLogger("shardopt")
 _thread = ThreadPoolExecutor(1, thread_name_prefix="shardopt.checkpoint")
 _in_flight: _Saving | None = None
-_staging: dict[tuple[str, int], Tensor] = {}  # what an asynchronous save writes from; used again
+_staging: list[Tensor] = []  # what an asynchronous save writes from; used again
 
 
 def save(
@@ -74,10 +74,11 @@ def save(
         >>> shardopt.checkpoint.save("run", step=100, model=model, optimizer=optimizer, keep=2)
     """
     collectives = collectives_of(optimizer, process_group)
-    settle(collectives)
-    job = Job(directory, step, keep, collectives, "save()")
-    contents = job.collect(model, optimizer, scheduler, extra)
-    return job.write(contents, job.collectives)
+    with collectives.during("checkpoint.save()"):
+        settle(collectives)
+        job = Job(directory, step, keep, collectives, "save()")
+        contents = job.collect(model, optimizer, scheduler, extra)
+        return job.write(contents, job.collectives)
 
 
 def async_save(
@@ -110,10 +111,11 @@ def async_save(
     """
     global _in_flight
     collectives = collectives_of(optimizer, process_group)
-    settle(collectives)
-    job = Job(directory, step, keep, collectives, "async_save()")
-    contents = job.collect(model, optimizer, scheduler, extra)
-    aside = job.collectives.aside("checkpoint")
+    with collectives.during("checkpoint.async_save()"):
+        settle(collectives)
+        job = Job(directory, step, keep, collectives, "async_save()")
+        contents = job.collect(model, optimizer, scheduler, extra)
+        aside = job.collectives.aside("checkpoint")
     _stage(contents)
     _in_flight = _Saving()
     _thread.submit(_finish, _in_flight, job, contents, aside)
@@ -141,18 +143,16 @@ def _finish(saving: _Saving, job: Job, contents: Contents, collectives: Collecti
 
 
 def _stage(contents: Contents) -> None:
-    """Copy every piece to CPU memory, to that of the last save where it fits."""
-    used: dict[tuple[str, int], Tensor] = {}
-    devices = set()
-    for piece in contents.pieces:
-        place, data = (piece.key, piece.start), piece.data
-        buffer = _staging.get(place)
-        if buffer is None or buffer.shape != data.shape or buffer.dtype != data.dtype:
-            on_device = data.device.type != "cpu"
-            buffer = torch.empty(data.shape, dtype=data.dtype, pin_memory=on_device)
-        piece.data = used[place] = buffer.copy_(data, non_blocking=True)
-        devices.add(data.device)
-    for device in devices - {torch.device("cpu")}:
+    """Copy every piece to CPU memory, to that of the last save where all of it fits."""
+    pieces = [piece.data for piece in contents.pieces]
+    if [(b.shape, b.dtype) for b in _staging] != [(data.shape, data.dtype) for data in pieces]:
+        _staging.clear()
+        for data in pieces:
+            pinned = data.device.type != "cpu"
+            _staging.append(torch.empty(data.shape, dtype=data.dtype, pin_memory=pinned))
+    if pieces:
+        torch._foreach_copy_(_staging, pieces, non_blocking=True)
+    for piece, buffer in zip(contents.pieces, _staging, strict=True):
+        piece.data = buffer
+    for device in {data.device for data in pieces} - {torch.device("cpu")}:
         torch.get_device_module(device).synchronize(device)
-    _staging.clear()
-    _staging.update(used)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from shardopt.checkpoint.entries import ITEMSIZE, TensorEntry
 from shardopt.errors import UnsupportedError
 
 
+@cache
 def dtype_name(dtype: torch.dtype) -> str:
     """As entries have it: without ``torch.``."""
     return str(dtype).removeprefix("torch.")

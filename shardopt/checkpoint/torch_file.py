@@ -11,6 +11,7 @@ import os
 import struct
 import sys
 import zlib
+from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
@@ -18,8 +19,7 @@ from typing import Any, BinaryIO
 from shardopt.checkpoint.archives import (
     CRC_IN_HEADER,
     Over,
-    Storage,
-    directory,
+    ending,
     entry,
     header,
     pickled,
@@ -50,18 +50,23 @@ def write(
     Raises:
         UnsupportedError: a value that ``weights_only`` cannot read, and has no stand-in.
     """
-    skeleton = _Skeleton(source)
-    content = pickled(skeleton.readable(tree, ()))
+    content, keys, notes = _outline(source, tree)
     archive, stream = _Archive(file), Stream(source.reader)
     archive.add("data.pkl", len(content), iter([content]))
     order = sys.byteorder.encode()
     archive.add("byteorder", len(order), iter([order]))
-    for storage, key in skeleton.storages:
+    for number, key in enumerate(keys):
         pieces = _reported(stream.pieces(key), told)
-        archive.add(f"data/{storage.key}", storage.nbytes, pieces)
+        archive.add(f"data/{number}", source.tensors[key].nbytes, pieces)
     archive.add("version", 2, iter([b"3\n"]))
     archive.close()
-    return skeleton.notes
+    return notes
+
+
+def _outline(source: Source, tree: dict[str, Any]) -> tuple[bytes, list[str], list[str]]:
+    """The pickle of a tree, and what ``_Skeleton`` has noted, of which no more is kept."""
+    skeleton = _Skeleton(source)
+    return pickled(skeleton.readable(tree, ())), skeleton.keys, skeleton.notes
 
 
 def _reported(pieces: Iterator[memoryview], told: Callable[[int], None]) -> Iterator[memoryview]:
@@ -81,25 +86,25 @@ class _Skeleton:
     """A tree as ``weights_only`` reads it, and the storages it speaks of.
 
     Attributes:
-        storages: in order, each with the key of the tensor whose bytes it has.
+        keys: of the tensors whose bytes the storages have, in their order.
         notes: what was written as something else.
     """
 
     def __init__(self, source: Source):
-        self.storages: list[tuple[Storage, str]] = []
+        self.keys: list[str] = []
         self.notes: list[str] = []
         self._source = source
         self._known: dict[object, Over] = {}
 
     def _tensor(self, key: str) -> Over:
         of = self._source.tensors[key]
-        lies = tuple((chunk.file, chunk.offset, chunk.box) for chunk in of.chunks)
-        same = (of.dtype, of.shape, of.order, lies) if lies else key
-        if same not in self._known:
-            storage = Storage(str(len(self.storages)), of.nbytes)
-            self.storages.append((storage, key))
-            self._known[same] = Over(storage, of.dtype, of.shape, of.order)
-        return self._known[same]
+        first = (of.chunks[0].file, of.chunks[0].offset) if of.chunks else key
+        known = self._known.get(first)
+        if known is not None and known.entry == of:
+            return known
+        self._known[first] = new = Over(len(self.keys), of)
+        self.keys.append(key)
+        return new
 
     def readable(self, value: Any, path: TreePath) -> Any:
         """The value made of what ``weights_only`` reads."""
@@ -133,8 +138,8 @@ class _Archive:
 
     def __init__(self, file: BinaryIO):
         self._file, self._at = file, 0
-        self._entries: list[bytes] = []
-        self._crcs: list[tuple[int, int]] = []  # where a header wants its CRC32, and the CRC32
+        self._entries = bytearray()
+        self._starts, self._crcs = array("Q"), array("I")  # of each record
 
     def add(self, name: str, size: int, pieces: Iterator[bytes | memoryview]) -> None:
         """One record of ``size`` bytes, whose data start on a multiple of 64."""
@@ -145,16 +150,19 @@ class _Archive:
             crc = zlib.crc32(piece, crc)
             self._write(piece)
         assert self._at == data + size, f"{name}: {self._at - data} bytes, not {size}"
-        self._crcs.append((start + CRC_IN_HEADER, crc))
-        self._entries.append(entry(name, size, crc, start))
+        self._starts.append(start)
+        self._crcs.append(crc)
+        self._entries += entry(name, size, crc, start)
 
     def close(self) -> None:
         """The directory at the end, and checksums in the headers."""
-        self._write(directory(self._entries, self._at))
+        end = ending(len(self._starts), len(self._entries), self._at)
+        self._write(self._entries)
+        self._write(end)
         self._file.flush()
-        for place_of, crc in self._crcs:
-            os.pwrite(self._file.fileno(), struct.pack("<I", crc), place_of)
+        for start, crc in zip(self._starts, self._crcs, strict=True):
+            os.pwrite(self._file.fileno(), struct.pack("<I", crc), start + CRC_IN_HEADER)
 
-    def _write(self, data: bytes | memoryview) -> None:
+    def _write(self, data: bytes | bytearray | memoryview) -> None:
         self._file.write(data)
         self._at += len(data)

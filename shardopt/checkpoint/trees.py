@@ -14,15 +14,28 @@ PARTS = ("model", "optimizer", "scheduler", "extra")
 
 
 def leaves(value: Any, path: TreePath = ()) -> Iterator[tuple[TreePath, Any]]:
-    """Everything that holds nothing, with the keys and indices that lead to it."""
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from leaves(item, (*path, key))
-    elif isinstance(value, list | tuple | deque) and value:
-        for index, item in enumerate(value):
-            yield from leaves(item, (*path, index))
-    else:
+    """Everything that holds nothing, with the keys and indices that lead to it.
+
+    A set is one of them, unless it has tensors.
+    """
+    children = _children(value)
+    for key, item in children:
+        yield from leaves(item, (*path, key))
+    if not children:
         yield path, value
+
+
+def _children(value: Any) -> list[tuple[Any, Any]]:
+    """What a value holds, by key or index."""
+    if isinstance(value, dict):
+        return list(value.items())
+    if isinstance(value, list | tuple | deque):
+        return list(enumerate(value))
+    if isinstance(value, set | frozenset) and any(
+        isinstance(leaf, TensorKey) for item in value for _, leaf in leaves(item)
+    ):
+        return list(enumerate(sorted(value, key=repr)))
+    return []
 
 
 def chosen(source: Source, keys: str, only: str | None) -> dict[str, Any]:
@@ -69,14 +82,15 @@ def _as_torch_has_it(optimizer: dict[str, Any], by_index: bool) -> dict[str, Any
 
 
 def changed(value: Any, change: Callable[[TreePath, Any], Any], path: TreePath = ()) -> Any:
-    """The value with ``change(path, leaf)`` for every leaf; dicts, lists and tuples are kept."""
-    if type(value) in (list, tuple):
-        return type(value)(changed(item, change, (*path, i)) for i, item in enumerate(value))
+    """The value with ``change(path, leaf)`` for every leaf; what holds them is kept."""
+    items = {key: changed(item, change, (*path, key)) for key, item in _children(value)}
+    if not items:
+        return change(path, value)
     if isinstance(value, dict):
-        return type(value)(
-            {key: changed(item, change, (*path, key)) for key, item in value.items()}
-        )
-    return change(path, value)
+        return type(value)(items)
+    if isinstance(value, deque):
+        return deque(items.values(), value.maxlen)
+    return type(value)(items.values())
 
 
 def tensors_by_path(tree: dict[str, Any]) -> dict[TreePath, str]:

@@ -15,6 +15,8 @@ from shardopt.errors import CheckpointError, CorruptError, IncompleteError, Unsu
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
+_PIECE = 1 << 18  # bytes: what stays in the cache of a core
+
 
 def problems(directory: Path, progress: Progress | None = None) -> list[CheckpointError]:
     """What is wrong with a checkpoint: at most one error for each of its files.
@@ -49,12 +51,12 @@ def _problems(directory: Path, progress: Progress | None) -> Iterator[Checkpoint
             "what shardopt.checkpoint.save writes can be verified"
         )
     try:
-        manifest = read_manifest(directory)
+        manifest = read_manifest(directory, values=False)
     except CheckpointError as problem:
         yield problem
         return
     total, done = sum(entry.size for entry in manifest.files.values()), 0
-    buffer = memoryview(bytearray(PIECE))
+    buffer = memoryview(bytearray(_PIECE))
     for name, entry in manifest.files.items():
 
         def told(count: int, before: int = done) -> None:

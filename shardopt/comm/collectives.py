@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from ctypes import string_at
+from datetime import timedelta
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+DEFAULT_TIMEOUT = timedelta(minutes=10)  # for one communication
 
 
 class Handle(Protocol):
@@ -18,8 +23,19 @@ class Handle(Protocol):
         """Return when the tensors may be used again (on an accelerator: by the current stream)."""
 
 
+class Work(Handle, Protocol):
+    """A communication under way that tells whether it has ended."""
+
+    def is_completed(self) -> bool:
+        """Whether ``wait`` would not wait."""
+
+
 class Done:
     """The handle of something that had nothing to do."""
+
+    def is_completed(self) -> bool:
+        """It has been from the beginning."""
+        return True
 
     def wait(self) -> None:
         """Return at once."""
@@ -51,6 +67,33 @@ class Reduction(Handle, Protocol):
         """Whether ``wait`` may be called now and does not wait for what it has started."""
 
 
+class Reduced:
+    """A reduction by the backend, or one that ends here: the mean of what each rank has sent."""
+
+    def __init__(self, work: Work, out: Tensor, rows: Tensor | None = None):
+        self._work, self._out, self.rows = work, out, rows
+
+    def is_done(self) -> bool:
+        """See ``Reduction``."""
+        return self._work.is_completed()
+
+    def wait(self) -> None:
+        """See ``Reduction``."""
+        self._work.wait()
+        if self.rows is not None:
+            mean_of_rows(self.rows, self._out)
+
+
+class Watching(Protocol):
+    """Hears what this rank does, and whom it waits for in vain; see ``shardopt.comm.watch``."""
+
+    def during(self, what: str, step: int | None) -> AbstractContextManager[None]:
+        """See ``Collectives.during``."""
+
+    def waits_for(self, passes: int) -> None:
+        """This rank waits for the results of so many backward passes."""
+
+
 class Collectives(ABC):
     """Allocates buckets and moves them between the ranks that share an optimizer's state.
 
@@ -64,6 +107,7 @@ class Collectives(ABC):
         replica: which copy of the shards this rank's belongs to; 0 but on a 2-D mesh.
         gathers_up_to: number of ranks up to which each one hears from all where a sum might do.
         wire_device: where small messages and consolidated state travel.
+        watch: who is told what this rank does; ``None`` for nobody.
     """
 
     rank: int
@@ -71,6 +115,11 @@ class Collectives(ABC):
     wire_device: torch.device
     replica: int = 0
     gathers_up_to: int = 64
+    watch: Watching | None = None
+
+    def during(self, what: str, step: int | None = None) -> AbstractContextManager[None]:
+        """In here this rank does ``what``, as its number ``step``, and may wait for the others."""
+        return nullcontext() if self.watch is None else self.watch.during(what, step)
 
     @property
     def channel(self) -> object:
@@ -105,10 +154,9 @@ class Collectives(ABC):
         self,
         bucket: Tensor,  # (numel,)
         borders: Sequence[int],  # world_size + 1
-    ) -> Handle:
+    ) -> Work:
         """Start to fill the bucket in place on every rank: shard ``r`` comes from rank ``r``."""
 
-    @abstractmethod
     def reduce_scatter(
         self,
         bucket: Tensor,  # (numel,)
@@ -117,8 +165,13 @@ class Collectives(ABC):
     ) -> Reduction:
         """Start to fill ``out`` with this rank's shard of the mean of all ranks' buckets.
 
-        Summed in rank order, in fp32 where elements have 16 bits, then divided.
+        Summed in rank order, in fp32 where elements have 16 bits, then divided: by the owner of the
+        shard, to whom every rank sends what it has of it.
         """
+        sizes = [high - low for low, high in pairwise(borders)]
+        rows = out.new_empty(self.world_size, out.numel())
+        work = self.all_to_all(bucket, sizes, rows, [out.numel()] * self.world_size)
+        return Reduced(work, out, rows)
 
     @abstractmethod
     def all_to_all(
@@ -127,7 +180,7 @@ class Collectives(ABC):
         send_sizes: Sequence[int],  # world_size numbers of elements
         out: Tensor,  # contiguous, of the same dtype: what comes from rank 0, from rank 1, ...
         out_sizes: Sequence[int],  # world_size numbers of elements
-    ) -> Handle:
+    ) -> Work:
         """Start to send each rank of the shard axis its part, and to receive what it sends."""
 
     @abstractmethod
@@ -155,6 +208,20 @@ class Collectives(ABC):
     @abstractmethod
     def receive(self, tensor: Tensor, source: int) -> Handle:
         """Start to fill a contiguous tensor on ``wire_device`` with what ``source`` sends next."""
+
+
+def mean_of_rows(
+    rows: Tensor,  # (world_size, n)
+    out: Tensor,  # (n,)
+) -> None:
+    """The mean over ranks, summed in rank order, in fp32 where elements have 16 bits."""
+    small = rows.is_floating_point() and rows.itemsize < 4
+    total = rows[0].float() if small else out.copy_(rows[0])
+    for row in rows[1:]:
+        total += row
+    total /= len(rows)
+    if small:
+        out.copy_(total)
 
 
 def gather_texts(collectives: Collectives, text: bytes) -> list[bytes]:

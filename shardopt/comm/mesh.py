@@ -8,16 +8,22 @@
 
 A gradient is reduced within a row first, so that what travels along the column, often between
 hosts, is one shard.
+
+[Note: Turns] The column's half of a reduction can start when the row's has ended, which each rank
+sees at another time; but launch order is law. So those of all optimizers over the same mesh take
+turns, in the order in which the rows' halves started, on a channel on which nothing else travels.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from shardopt.comm.collectives import Collectives, Handle, Reduction
+from shardopt.comm.collectives import Collectives, Handle, Reduced, Reduction, Work
 
 
 class MeshCollectives(Collectives):
@@ -26,10 +32,15 @@ class MeshCollectives(Collectives):
     Args:
         shard: the ranks of this row.
         replicate: the ranks of this column.
+        means: these on a channel for the columns' halves of reductions alone. Without one, or on an
+            accelerator, where to wait is to put in order, a half starts when it is waited for.
     """
 
-    def __init__(self, shard: Collectives, replicate: Collectives):
-        self._shard, self._replicate = shard, replicate
+    def __init__(
+        self, shard: Collectives, replicate: Collectives, means: Collectives | None = None
+    ):
+        self._shard, self._replicate, self._means = shard, replicate, means
+        self._turns = _TURNS.setdefault((means or replicate).channel, deque())
         self.rank, self.world_size = shard.rank, shard.world_size
         self.replica = replicate.rank
         self.wire_device = shard.wire_device
@@ -37,8 +48,9 @@ class MeshCollectives(Collectives):
 
     @property
     def channel(self) -> object:
-        """See the base class."""
-        return self._shard.channel
+        """See the base class. A row of one rank starts nothing, so there it is the column's."""
+        column = self._means or self._replicate
+        return (self._shard if self.world_size > 1 else column).channel
 
     @property
     def num_ranks(self) -> int:
@@ -59,17 +71,21 @@ class MeshCollectives(Collectives):
         """See the base class."""
         return MeshCollectives(self._shard.aside(use), self._replicate.aside(use))
 
-    def all_gather(self, bucket: Tensor, borders: Sequence[int]) -> Handle:
+    def all_gather(self, bucket: Tensor, borders: Sequence[int]) -> Work:
         """See the base class."""
         return self._shard.all_gather(bucket, borders)
 
     def reduce_scatter(self, bucket: Tensor, borders: Sequence[int], out: Tensor) -> Reduction:
-        """See the base class. The column takes its mean when the row's is waited for."""
-        return _MeanOfMeans(self._shard.reduce_scatter(bucket, borders, out), self._replicate, out)
+        """See the base class. See [Note: Turns] for when the column takes its mean."""
+        row = self._shard.reduce_scatter(bucket, borders, out)
+        early = self._means is not None and out.device.type == "cpu"
+        mean = _MeanOfMeans(row, self._means or self._replicate, out, self._turns, early)
+        _take_turns(self._turns)
+        return mean
 
     def all_to_all(
         self, send: Tensor, send_sizes: Sequence[int], out: Tensor, out_sizes: Sequence[int]
-    ) -> Handle:
+    ) -> Work:
         """See the base class."""
         return self._shard.all_to_all(send, send_sizes, out, out_sizes)
 
@@ -97,23 +113,63 @@ class MeshCollectives(Collectives):
 
 
 class _MeanOfMeans:
-    """The mean over a column of the means over its rows, in two halves that need no more room."""
+    """The mean over a column of the means over its rows, in halves that need no more room."""
 
-    def __init__(self, reduction: Reduction, replicate: Collectives, out: Tensor):
-        self._reduction, self._replicate, self._out = reduction, replicate, out
+    def __init__(
+        self,
+        row: Reduction,
+        column: Collectives,
+        out: Tensor,
+        turns: deque[_MeanOfMeans],
+        early: bool,
+    ):
+        self._row, self._column, self._out, self._early = row, column, out, early
         self.rows: Tensor | None = None
+        self._under_way, self._next = row, deque([self._reduce, self._gather])
+        self._turns = turns
+        turns.append(self)
 
     def is_done(self) -> bool:
-        """Never put off: the column's half starts in ``wait``, in one order on every rank."""
-        return True
+        """See ``Reduction``; never put off where the column's half starts in ``wait``."""
+        _take_turns(self._turns)
+        return not self._early or self not in self._turns
 
     def wait(self) -> None:
-        self._reduction.wait()
-        self.rows = self._reduction.rows
-        column, numel = self._replicate, self._out.numel()
-        borders = [numel * part // column.world_size for part in range(column.world_size + 1)]
-        mine = slice(borders[column.rank], borders[column.rank + 1])
-        part = torch.empty_like(self._out[mine])
-        column.reduce_scatter(self._out, borders, part).wait()
-        self._out[mine].copy_(part)
-        column.all_gather(self._out, borders).wait()
+        """See ``Reduction``. Who has gone on with it may have done so on another stream."""
+        _take_turns(self._turns, until=self)
+        self._under_way.wait()
+
+    def is_ready(self) -> bool:
+        """Whether ``go_on`` may be called at any time, and does not wait."""
+        return self._early and self._under_way.is_done()
+
+    def go_on(self) -> bool:
+        """Start what comes after what is under way; returns whether there is more."""
+        self._under_way.wait()
+        if not self._next:
+            return False
+        self._under_way = self._next[0]()
+        self._next.popleft()  # not if it could not start
+        return True
+
+    def _reduce(self) -> Reduction:
+        self.rows = self._row.rows
+        world_size, numel = self._column.world_size, self._out.numel()
+        self._borders = [numel * part // world_size for part in range(world_size + 1)]
+        low, high = self._borders[self._column.rank : self._column.rank + 2]
+        self._part, self._mine = torch.empty_like(self._out[low:high]), self._out[low:high]
+        return self._column.reduce_scatter(self._out, self._borders, self._part)
+
+    def _gather(self) -> Reduction:
+        self._mine.copy_(self._part)
+        return Reduced(self._column.all_gather(self._out, self._borders), self._out)
+
+
+_TURNS: WeakKeyDictionary[object, deque[_MeanOfMeans]] = WeakKeyDictionary()
+
+
+def _take_turns(turns: deque[_MeanOfMeans], until: _MeanOfMeans | None = None) -> None:
+    """Go on with what has ended, or to the end of one, with waiting."""
+    while turns and (turns[0].is_ready() or until in turns):
+        if not turns[0].go_on():
+            turns.popleft()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shardopt.comm.collectives import Collectives, Done, Handle, Reduction
+from shardopt.comm.collectives import Collectives, Done, Handle, Reduction, Work
 
 
 class SoloCollectives(Collectives):
@@ -17,7 +17,7 @@ class SoloCollectives(Collectives):
     world_size = 1
     wire_device = torch.device("cpu")
 
-    def all_gather(self, bucket: Tensor, borders: Sequence[int]) -> Handle:
+    def all_gather(self, bucket: Tensor, borders: Sequence[int]) -> Work:
         """Nothing to gather."""
         return Done()
 
@@ -28,7 +28,7 @@ class SoloCollectives(Collectives):
 
     def all_to_all(
         self, send: Tensor, send_sizes: Sequence[int], out: Tensor, out_sizes: Sequence[int]
-    ) -> Handle:
+    ) -> Work:
         """What goes to the one rank comes from it."""
         out.copy_(send)
         return Done()

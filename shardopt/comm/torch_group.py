@@ -21,9 +21,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardopt.comm.collectives import Collectives, Handle, Reduction, Together
-
-DEFAULT_TIMEOUT = timedelta(minutes=10)
+from shardopt.comm.collectives import (
+    DEFAULT_TIMEOUT,
+    Collectives,
+    Handle,
+    Reduced,
+    Reduction,
+    Together,
+    Work,
+)
 
 # torch 2.13 renamed them and warns of the old names (pytorch#186123).
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -62,7 +68,10 @@ class TorchCollectives(Collectives):
         )  # device type -> backend
         backend = dist.get_backend_config(parent)
         self._parent, self._timeout = parent, timeout
-        self._group = _own_group(parent, timeout, str(backend), f"{use} buckets")
+        # NCCL ends the process at its time limit; messages come to theirs first, and raise.
+        nccl = "nccl" in self._backends.values()
+        longer = max(timeout, DEFAULT_TIMEOUT) if nccl else timeout
+        self._group = _own_group(parent, longer, str(backend), f"{use} buckets")
         # Small messages pass buckets by, and on a GPU they do not wait for it.
         self._messages, self._message_device = self._group, _wire_device(self._backends)
         if dist.is_gloo_available():
@@ -82,14 +91,14 @@ class TorchCollectives(Collectives):
         """See the base class."""
         return TorchCollectives(self._parent, timeout=self._timeout, use=f"shardopt {use}")
 
-    def all_gather(self, bucket: Tensor, borders: Sequence[int]) -> Handle:
+    def all_gather(self, bucket: Tensor, borders: Sequence[int]) -> Work:
         """See the base class."""
         even = len({high - low for low, high in pairwise(borders)}) == 1
         if even and self._backends.get(bucket.device.type) == "nccl":
             shard = _as_bytes(bucket[borders[self.rank] : borders[self.rank + 1]])
             whole = _as_bytes(bucket)
             return _all_gather_single(whole, shard, group=self._group, async_op=True)
-        return Together(
+        return _Works(
             [
                 self.broadcast(bucket[low:high], source)
                 for source, (low, high) in enumerate(pairwise(borders))
@@ -103,10 +112,8 @@ class TorchCollectives(Collectives):
         nccl = self._backends.get(bucket.device.type) == "nccl"
         if nccl and len(set(sizes)) == 1 and bucket.dtype in (torch.float32, torch.float64):
             mean = {"op": dist.ReduceOp.AVG, "group": self._group, "async_op": True}
-            return _Reduced(_reduce_scatter_single(out, bucket, **mean), out)
-        rows = out.new_empty(self.world_size, out.numel())
-        handle = self.all_to_all(bucket, sizes, rows, [out.numel()] * self.world_size)
-        return _Reduced(handle, out, rows)
+            return Reduced(_reduce_scatter_single(out, bucket, **mean), out)
+        return super().reduce_scatter(bucket, borders, out)
 
     def all_to_all(
         self, send: Tensor, send_sizes: Sequence[int], out: Tensor, out_sizes: Sequence[int]
@@ -134,7 +141,7 @@ class TorchCollectives(Collectives):
         dist.all_reduce(total, group=self._messages)
         return total.cpu()
 
-    def broadcast(self, tensor: Tensor, source: int) -> Handle:
+    def broadcast(self, tensor: Tensor, source: int) -> dist.Work:
         """See the base class."""
         data = _as_bytes(tensor)
         return dist.broadcast(data, group=self._group, group_src=source, async_op=True)
@@ -148,38 +155,19 @@ class TorchCollectives(Collectives):
         return _started(dist.irecv(_as_bytes(tensor), group=self._group, group_src=source))
 
 
+class _Works(Together):
+    def __init__(self, works: Sequence[dist.Work]):
+        super().__init__(works)
+        self._works = works
+
+    def is_completed(self) -> bool:
+        """Whether all have."""
+        return all(work.is_completed() for work in self._works)
+
+
 def _as_bytes(tensor: Tensor) -> Tensor:
     """The memory of a contiguous tensor: every backend moves bytes, gloo not every dtype."""
     return tensor.detach().view(-1).view(torch.uint8)
-
-
-class _Reduced:
-    """A reduction by the backend, or one that ends here: the mean of what each rank has sent."""
-
-    def __init__(self, work: dist.Work, out: Tensor, rows: Tensor | None = None):
-        self._work, self._out, self.rows = work, out, rows
-
-    def is_done(self) -> bool:
-        return self._work.is_completed()
-
-    def wait(self) -> None:
-        self._work.wait()
-        if self.rows is not None:
-            mean_of_rows(self.rows, self._out)
-
-
-def mean_of_rows(
-    rows: Tensor,  # (world_size, n)
-    out: Tensor,  # (n,)
-) -> None:
-    """The mean over ranks, summed in rank order, in fp32 where elements have 16 bits."""
-    small = rows.is_floating_point() and rows.itemsize < 4
-    total = rows[0].float() if small else out.copy_(rows[0])
-    for row in rows[1:]:
-        total += row
-    total /= len(rows)
-    if small:
-        out.copy_(total)
 
 
 def _started(work: dist.Work | None) -> dist.Work:

@@ -22,12 +22,16 @@ class Gradients(ABC):
         shard: the parameters they belong to.
         guards: what is checked of them.
         facts: what ranks must agree on at each step, by name.
+
+    Attributes:
+        num_passes: backward passes in the last evaluation of a closure, in this step or before.
     """
 
     reduces = False  # whether ranks bring gradients of their own, to be averaged here
 
     def __init__(self, shard: Shard, guards: Guards, facts: Facts):
         self.shard, self.guards, self.facts = shard, guards, facts
+        self.num_passes = 1
 
     def extend(self) -> None:  # noqa: B027
         """The shard has new parameters."""
@@ -37,8 +41,11 @@ class Gradients(ABC):
         return nullcontext()
 
     @abstractmethod
-    def settle(self) -> Verdict:
+    def settle(self, problem: Exception | None = None) -> Verdict:
         """Return when all gradients are there and every rank says of them the same. Collective.
+
+        Args:
+            problem: what this rank has refused before it; raised here, and told on every other.
 
         Raises:
             GradientError, AgreementError: on every rank; nothing has been updated.

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from torch import Tensor
 from torch.optim import Optimizer
 
+from shardopt.comm import Collectives
 from shardopt.errors import UnsupportedError
 from shardopt.gradients.base import Gradients
 from shardopt.gradients.norms import a_number, norm_order
@@ -15,6 +16,7 @@ from shardopt.gradients.norms import a_number, norm_order
 class GradientMethods(Optimizer):
     """A ``torch.optim`` optimizer whose gradients are averaged over ranks."""
 
+    collectives: Collectives
     _gradients: Gradients
     _amp_scaling_agreed = False  # while shardopt.GradScaler steps
 
@@ -59,12 +61,15 @@ class GradientMethods(Optimizer):
         Returns:
             The norm before clipping, 0-dim.
         """
-        limit, order = a_number("max_norm", max_norm), norm_order(norm_type)
-        return self._gradients.clip_norm(limit, order, error_if_nonfinite)
+        with self.collectives.during("clip_grad_norm_()"):
+            limit, order = a_number("max_norm", max_norm), norm_order(norm_type)
+            return self._gradients.clip_norm(limit, order, error_if_nonfinite)
 
     def clip_grad_value_(self, clip_value: float) -> None:
         """Clamp each element of the averaged gradients to ``[-clip_value, clip_value]``."""
-        self._gradients.clip_value(a_number("clip_value", clip_value))
+        with self.collectives.during("clip_grad_value_()"):
+            limit = a_number("clip_value", clip_value)
+            self._gradients.clip_value(limit)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

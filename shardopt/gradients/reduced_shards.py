@@ -19,6 +19,7 @@ from torch import Tensor
 
 from shardopt.comm.collectives import Reduction
 from shardopt.errors import UnsupportedError
+from shardopt.gradients.norms import all_finite
 from shardopt.layout import Atom, Bucket
 from shardopt.shard import Shard
 
@@ -106,14 +107,17 @@ class ReducedShards:
         out = torch.empty_like(mean) if adds else mean
         if not adds:
             self._nonfinite.pop(number, None)
-        reduction = self._shard.collectives.reduce_scatter(staging, bucket.borders, out)
+        collectives = self._shard.collectives
+        with collectives.during("backward()"):  # on a mesh it goes on with others', which may fail
+            reduction = collectives.reduce_scatter(staging, bucket.borders, out)
         self._flights.append(_Flight(number, buffer, reduction, out, adds))
         self._filled.add(number)
 
     def has_room(self, number: int) -> bool:
         """Whether ``launch`` would not wait; takes in what has ended."""
-        while self._is_full(number) and self._flights[0].reduction.is_done():
-            self._land()
+        with self._shard.collectives.during("backward()"):
+            while self._is_full(number) and self._flights[0].reduction.is_done():
+                self._land()
         return not self._is_full(number)
 
     def _is_full(self, number: int) -> bool:
@@ -180,7 +184,8 @@ class ReducedShards:
     def _land(self) -> None:
         """Take in the reduction that was started first."""
         flight = self._flights.popleft()
-        flight.reduction.wait()
+        with self._shard.collectives.during("backward()"):
+            flight.reduction.wait()
         if flight.adds:
             self._means[flight.number].add_(flight.out)
         looks = self._looks and flight.out.device.type == "cpu"
@@ -191,7 +196,7 @@ class ReducedShards:
     def _look(self, flight: _Flight) -> None:
         """Note which parameter's mean is not finite, and from which rank that comes."""
         mean = self._means[flight.number]
-        if not mean.numel() or torch.linalg.vector_norm(mean, torch.inf).isfinite():
+        if all_finite(mean):
             return
         bucket = self._shard.layout.buckets[flight.number]
         rank = self._shard.collectives.rank

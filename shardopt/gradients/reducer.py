@@ -24,7 +24,7 @@ from shardopt.gradients.report import (
 )
 from shardopt.gradients.rounds import Rounds
 from shardopt.gradients.row_means import RowMeans
-from shardopt.guard import agree, digest
+from shardopt.guard import agree, digest, fail_everywhere
 from shardopt.policies import Guards
 from shardopt.shard import Shard
 
@@ -59,20 +59,31 @@ class Reducer(Gradients):
         """See the base class."""
         return self._rounds.paused()
 
-    def settle(self, norm_type: float | None = None, **said: object) -> Verdict:
+    def settle(
+        self,
+        problem: Exception | None = None,
+        *,
+        norm_type: float | None = None,
+        **said: object,
+    ) -> Verdict:
         """See the base class.
 
         Args:
+            problem: see there; where ``clip_norm`` has settled already, other ranks are not told.
             norm_type: the order of the norm that the verdict is to tell; ``None`` for none.
             said: what else the user said, on which ranks must agree.
         """
         known = self._known(norm_type)
         has_more = self._rounds.has_more() or self._rows.has_more()
         if known and not has_more and not self._rounds.changed():
+            if problem is not None:
+                raise problem
             return known
         self._rounds.abandon(retries=False)
-        reports, powers = self._exchange(norm_type, said)
+        reports, powers = self._exchange(norm_type, said, failed=problem is not None)
         self._refuse_uneven(reports, norm_type, said)
+        if any(report.failed for report in reports):
+            fail_everywhere(self.shard.collectives, problem)
         everything = False  # the first round may end one that is half-way on some ranks
         while any(report.more or report.rows for report in reports):
             if any(report.more for report in reports):
@@ -130,7 +141,9 @@ class Reducer(Gradients):
 
     def clip_norm(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
         """See the base class."""
-        total = norms.total_norm(self.settle(norm_type, max_norm=max_norm).powers, norm_type)
+        total = norms.total_norm(
+            self.settle(norm_type=norm_type, max_norm=max_norm).powers, norm_type
+        )
         if error_if_nonfinite and not total.isfinite():
             raise GradientError(
                 f"the total norm of order {norm_type} of the gradients is {float(total)}, so they "
@@ -146,7 +159,7 @@ class Reducer(Gradients):
 
     def clip_value(self, clip_value: float) -> None:
         """See the base class."""
-        self.settle(None, clip_value=clip_value)
+        self.settle(clip_value=clip_value)
         for tensor in self._means():
             tensor.clamp_(-clip_value, clip_value)
         self._forget_norm()
@@ -174,9 +187,11 @@ class Reducer(Gradients):
     # -- what ranks tell one another -----------------------------------------------------------
 
     def _exchange(
-        self, norm_type: float | None, said: Mapping[str, object]
+        self, norm_type: float | None, said: Mapping[str, object], *, failed: bool = False
     ) -> tuple[list[Report], Tensor]:
         """Every rank's report, and its sum of powers."""
+        if watch := self.shard.collectives.watch:
+            watch.waits_for(self._rounds.num_rounds)
         if norm_type is not None or self.guards.nonfinite != "ignore":
             self._rounds.means.wait()
         tensors = self._means() if norm_type is not None else []
@@ -188,6 +203,7 @@ class Reducer(Gradients):
         report = Report(
             rounds=self._rounds.num_rounds,
             lost=self._rounds.num_lost,
+            failed=int(failed),
             facts=digest({**self.facts(norm_type), **said, "trained": crc32(bytes(flags))}),
             more=int(self._rounds.has_more()),
             rows=int(self._rows.has_more()),

@@ -2,25 +2,83 @@
 
 from __future__ import annotations
 
+from ctypes import string_at
+from zlib import crc32
+
 import torch
 from torch import Tensor
 
 from shardopt.gradients import norms
 from shardopt.gradients.base import Gradients
 from shardopt.gradients.report import Report, Verdict, exchange, judge
-from shardopt.guard import agree, digest
+from shardopt.guard import agree, digest, fail_everywhere
+
+_SAMPLED = 64  # gradients of which a step looks at the first element
+
+_ALIKE = (
+    "with gradients='replicated' every rank sets the same options and calls step() after the same "
+    "backward, with the averaged gradients"
+)
 
 
 class Replicated(Gradients):
-    """A segment's gradient is a view of its parameter's ``.grad``; nothing travels."""
+    """A segment's gradient is a view of its parameter's ``.grad``; nothing travels but reports."""
 
-    def settle(self) -> Verdict:
-        """See the base class. Ranks speak to one another only if non-finite values matter."""
-        parameters = self.shard.parameters
+    def settle(self, problem: Exception | None = None) -> Verdict:
+        """See the base class."""
+        collectives, parameters = self.shard.collectives, self.shard.parameters
         present = frozenset(i for i, p in enumerate(parameters) if p.grad is not None)
-        powers = torch.zeros(self.shard.collectives.world_size, dtype=torch.float64, device="cpu")
+        report = Report(
+            rounds=0,
+            lost=0,
+            failed=int(problem is not None),
+            facts=digest({**self.facts(None), "gradients": self._said(present)}),
+            nonfinite=0 if problem else self._first_nonfinite() + 1,
+            present=present,
+        )
+        quiet = report.is_quiet(self.guards)
+        reports = exchange(collectives, report, len(parameters), is_quiet=quiet)
+        if len({report.facts for report in reports}) > 1:
+            agree(collectives, {**self.facts(None), **self._gradient_facts()}, _ALIKE)
+        if any(report.failed for report in reports):
+            fail_everywhere(collectives, problem)
+        powers = torch.zeros(collectives.world_size, dtype=torch.float64, device="cpu")
+        return judge(reports, powers, self.shard.names, self.guards)
+
+    def _said(self, present: frozenset[int]) -> int:
+        """A hash of which gradients there are, and of a sample of them."""
+        flags = bytes(index in present for index in range(len(self.shard.parameters)))
+        return crc32(b"".join(self._sample().values()), crc32(flags))
+
+    def _sample(self) -> dict[int, bytes]:
+        """The first element of some gradients, by parameter, where looking does not wait.
+
+        Those of another batch, or of one rank alone, differ in all of them.
+        """
+        parameters = self.shard.parameters if self.guards.replicas else []
+        every = len(parameters) // _SAMPLED + 1
+        chosen = {index: parameters[index].grad for index in range(0, len(parameters), every)}
+        return {
+            index: string_at(grad.data_ptr(), grad.itemsize)
+            for index, grad in chosen.items()
+            if grad is not None and grad.layout is torch.strided and grad.numel() and grad.is_cpu
+        }
+
+    def _gradient_facts(self) -> dict[str, object]:
+        """What ``_said`` is the hash of, by name."""
+        sample, facts = self._sample(), dict[str, object]()
+        named = zip(self.shard.names, self.shard.parameters, strict=True)
+        for index, (name, parameter) in enumerate(named):
+            fact = "none" if parameter.grad is None else "one"
+            if index in sample:
+                fact = f"one that begins with the bytes {sample[index].hex()}"
+            facts[f"the gradient of parameter {name!r}"] = fact
+        return facts
+
+    def _first_nonfinite(self) -> int:
+        """A parameter whose gradient is not finite; -1 for none, or where nobody asks."""
         if self.guards.nonfinite == "ignore":
-            return Verdict(present, False, powers)
+            return -1
         held = {index: self.of(index) for index in self.shard.segments}
         tensors = {
             index: grad._values() if grad.is_sparse else grad
@@ -29,18 +87,7 @@ class Replicated(Gradients):
         }
         device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
         number = int(norms.first_nonfinite(list(tensors.values()), device))  # waits for a GPU
-        report = Report(
-            rounds=0,
-            lost=0,
-            facts=digest(self.facts(None)),
-            nonfinite=[*tensors][number - 1] + 1 if number else 0,
-            present=present,
-        )
-        quiet = report.is_quiet(self.guards)
-        reports = exchange(self.shard.collectives, report, len(parameters), is_quiet=quiet)
-        if len({report.facts for report in reports}) > 1:
-            agree(self.shard.collectives, self.facts(None), "call step() alike on every rank")
-        return judge(reports, powers, self.shard.names, self.guards)
+        return [*tensors][number - 1] if number else -1
 
     def of(self, index: int) -> Tensor | None:
         """See the base class."""

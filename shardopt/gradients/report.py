@@ -1,11 +1,11 @@
 """What each rank says of its gradients before a step, and what all ranks make of it.
 
 [Note: Agreement] One small all-gather a step: every rank has every report and judges them alike,
-in rank order, so that all go on, all skip, or all raise. A report has ``12 + P / 62`` words of 64
+in rank order, so that all go on, all skip, or all raise. A report has ``13 + P / 62`` words of 64
 bits for ``P`` parameters. On more ranks than ``Collectives.gathers_up_to`` sums come first, and
 reports only if these show that there is something to tell.
 
-[Note: Sums] ``N`` gathered reports are ``8 N (12 + P / 62)`` bytes, and a sum moves about ``3 P``
+[Note: Sums] ``N`` gathered reports are ``8 N (13 + P / 62)`` bytes, and a sum moves about ``3 P``
 however many ranks there are: 1000 parameters on 64 ranks make 14 kB against 3 kB, on 512 ranks
 110 kB against 3 kB. A sum takes about three times as long to set out, which 64 ranks are worth.
 That all ranks say the same shows in sums of a number and of its square: ``N`` times the second
@@ -39,6 +39,7 @@ class Report:
     rounds: int  # of reductions that it has taken part in
     lost: int  # of these, those whose backward an exception has ended
     facts: int  # hash of the steps taken, the options, and what it is about to do
+    failed: int = 0  # whether it has refused something of its own before this step
     more: int = 0  # whether it has gradients that want another round
     rows: int = 0  # whether it has gradients of tables cut by rows that want to be exchanged
     missing: int = 0  # the first parameter that is trained and has no gradient here
@@ -52,7 +53,8 @@ class Report:
     def is_quiet(self, guards: Guards) -> bool:
         """Whether nobody needs to read it, if all say the same."""
         unused = self.missing and not guards.find_unused_parameters
-        return not (self.more or self.rows or self.changed or self.nonfinite or unused)
+        wants = self.failed or self.more or self.rows or self.changed or self.nonfinite or unused
+        return not wants
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
+from shardopt.gradients.norms import all_finite
 from shardopt.rows import Rows, cut_rows, exchange_rows
 from shardopt.shard import Shard
 from shardopt.sparse import sparse_rows
@@ -106,8 +107,8 @@ class RowMeans:
         """Note which parameter's mean is not finite, and from which rank of this row it comes."""
         if not self._looks or self.nonfinite or index not in self._means:
             return
-        if not self._means[index]._values().isfinite().all():
-            bad = [rank for rank, (_, v) in enumerate(from_each) if not v.isfinite().all()]
+        if not all_finite(self._means[index]._values()):
+            bad = [rank for rank, (_, v) in enumerate(from_each) if not all_finite(v)]
             first = self._shard.collectives.replica * len(from_each)
             self.nonfinite = index, first + bad[0] if bad else -1
 

@@ -45,7 +45,11 @@ def check_schedules(schedulers: Any, optimizer: Optimizer | None = None) -> None
         >>> shardopt.sched.check_schedules(scheduler)
     """
     held = list(schedulers) if isinstance(schedulers, (list, tuple)) else [schedulers]
-    candidates = [optimizer] if optimizer is not None else [each.optimizer for each in held]
+    candidates = (
+        [optimizer]
+        if optimizer is not None
+        else [getattr(each, "optimizer", each) for each in held]
+    )
     for candidate in candidates:
         if hasattr(candidate, "agree"):
             candidate.agree(schedule_facts(held), REMEDY)

@@ -48,7 +48,8 @@ class StatefulOptimizer(MixedGroups):
         Raises:
             AgreementError: ranks differ in ``to``, in options, or in steps taken.
         """
-        self._snapshot.take(to, self.param_groups)
+        with self.collectives.during("consolidate_state_dict()"):
+            self._snapshot.take(to, self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """The state in torch's form, with full tensors; loads into plain ``torch.optim``.
@@ -77,6 +78,10 @@ class StatefulOptimizer(MixedGroups):
         Raises:
             ValueError: groups or shapes do not fit, named by parameter; on every rank.
         """
+        with self.collectives.during("load_state_dict()"):
+            self._load_state_dict(state_dict, from_)
+
+    def _load_state_dict(self, state_dict: Any, from_: int | None) -> None:
         with all_or_none(self.collectives):
             if state_dict is not None and (from_ is None or from_ == self.collectives.rank):
                 state_dict = copy.copy(state_dict)

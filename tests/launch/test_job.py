@@ -1,6 +1,9 @@
 """The parts of ``launch/train.py``, in one process: every optimizer and schedule, the proof."""
 
 import importlib
+import os
+import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,16 +16,18 @@ from tests.launch.saved import flip_a_bit, saved, steps_in
 
 # As in launch/choices.py; each schedule meets two optimizers.
 SCHEDULERS = ("none", "cosine", "linear", "step", "onecycle", "plateau")
-FAST = ("AdamW", "Adafactor", "SGD", "Rprop", "Adagrad", "NAdam")
-SLOW = ("Adam", "Adamax", "RAdam", "Adadelta", "RMSprop", "ASGD")
+SOME = ("AdamW", "Adafactor", "SGD", "Rprop", "Adagrad", "NAdam")
+OTHERS = ("Adam", "Adamax", "RAdam", "Adadelta", "RMSprop", "ASGD")
 SPECIAL = {"Muon": "onecycle", "SparseAdam": "cosine", "LBFGS": "plateau"}
+SCHEDULES = {
+    **dict(zip(SOME, SCHEDULERS, strict=True)),
+    **dict(zip(OTHERS, reversed(SCHEDULERS), strict=True)),
+    **SPECIAL,
+}
+FAST = ("AdamW", "Adafactor", "Muon")
 PAIRS = [
-    *zip(FAST, SCHEDULERS, strict=True),
-    *SPECIAL.items(),
-    *(
-        pytest.param(optimizer, scheduler, marks=pytest.mark.slow)
-        for optimizer, scheduler in zip(SLOW, reversed(SCHEDULERS), strict=True)
-    ),
+    pytest.param(*pair, marks=[] if pair[0] in FAST else [pytest.mark.slow])
+    for pair in SCHEDULES.items()
 ]
 
 
@@ -30,7 +35,7 @@ PAIRS = [
 def launch(monkeypatch) -> SimpleNamespace:
     """The modules beside train.py, which finds them because it is run from their folder."""
     monkeypatch.syspath_prepend(str(ROOT / "launch"))
-    names = ("corpus", "gpt", "job", "options", "proof", "ranks", "saved_run")
+    names = ("corpus", "gpt", "job", "notice", "options", "proof", "ranks", "saved_run")
     return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
@@ -46,7 +51,7 @@ def job(launch, out: Path, *arguments: object):
 
 def test_tables_are_tried(launch):
     assert set(SCHEDULERS) == set(launch.options.SCHEDULERS)
-    assert {*FAST, *SLOW, *SPECIAL} == set(launch.options.OPTIMIZERS)
+    assert {*SCHEDULES} == set(launch.options.OPTIMIZERS)
 
 
 @pytest.mark.parametrize("optimizer, scheduler", PAIRS)
@@ -101,6 +106,72 @@ def test_no_step_that_verifies_is_refused(launch, tmp_path, caplog):
     assert len(caplog.records) == 2
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_a_run_after_the_next_step_and_saves_it_once(
+    launch, tmp_path, number, capsys
+):
+    names = ("--size", "tiny", "--steps", 4, "--save-every", 3, "--eval-every", 2)
+    run, before = job(launch, tmp_path, *names), signal.getsignal(number)
+    step = run._step
+
+    def step_and_be_told():
+        if run.step == 0:
+            os.kill(os.getpid(), number)
+        return step()
+
+    run._step = step_and_be_told
+    with pytest.raises(
+        launch.notice.Interrupted, match=f"ended by {number.name}; .*/step-2 is"
+    ) as end:
+        run.run()
+    assert end.value.exit_code == 128 + number
+    assert signal.getsignal(number) is before
+    assert steps_in(tmp_path) == ["step-2"]
+    assert "step     2   training loss" in capsys.readouterr().out
+    assert job(launch, tmp_path, *names, "--resume", "auto").run() is None
+    assert steps_in(tmp_path) == ["step-2", "step-3", "step-4"]
+    assert job(launch, tmp_path / "whole", *names).run() is None
+    assert_same_end(tmp_path / "whole", tmp_path)
+
+
+def test_automatic_resumption_begins_and_goes_on_and_is_done(launch, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    again = ["--size", "tiny", "--steps", "4", "--save-every", "2", "--resume", "auto"]
+    for step, begins in (
+        (0, "a new run"),
+        (2, "resumed after step 2"),
+        (4, "resumed after step 4"),  # which is all: what is there is proven once more
+    ):
+        for path in Path("runs").glob("step-*"):
+            if int(path.name.removeprefix("step-")) > step:
+                shutil.rmtree(path)
+        run = launch.job.Job(launch.options.parse(again), alone(launch))
+        assert run.step == step
+        assert run.run() is None
+        assert begins in capsys.readouterr().out
+    assert steps_in(Path("runs")) == ["step-2", "step-4"]
+
+
+def test_automatic_resumption_sets_damaged_steps_aside_unless_all_are(launch, tmp_path, capsys):
+    again = ("--size", "tiny", "--steps", 4, "--save-every", 1, "--resume", "auto")
+    assert job(launch, tmp_path, *again).run() is None
+    for step in (3, 4):
+        flip_a_bit(tmp_path / f"step-{step}" / "__0_0.distcp")
+    run = job(launch, tmp_path, *again)
+    assert run.step == 2
+    told = capsys.readouterr().err
+    *kept, three, four = steps_in(tmp_path)
+    assert kept == ["step-1", "step-2"]
+    for step, name in ((3, three), (4, four)):
+        assert name.startswith(f"step-{step}.damaged-")
+        assert f"{tmp_path}/step-{step} does not verify; it is now {name}" in told
+    for step in (1, 2):
+        flip_a_bit(tmp_path / f"step-{step}" / "__0_0.distcp")
+    with pytest.raises(launch.options.Refused, match="got 2 of which none does"):
+        job(launch, tmp_path, *again)
+    assert steps_in(tmp_path) == [*kept, three, four]
+
+
 @pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3]), (1, [3]), (2, [2, 3])])
 def test_older_steps_go(launch, tmp_path, keep, left):
     names = ("--size", "tiny", "--steps", 3, "--save-every", 1, "--keep", keep)
@@ -111,7 +182,7 @@ def test_older_steps_go(launch, tmp_path, keep, left):
 def test_another_run_goes_to_another_directory(launch, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for place in ("runs", "runs-2", "runs-3"):
-        options = launch.saved_run.prepare_run({}, world_size=1).options
+        options = launch.saved_run.prepare_run({}, None, world_size=1).options
         assert (options.save, options.plot) == (place, f"{place}/curves.png")
         (tmp_path / place / "step-1").mkdir(parents=True)
 

@@ -1,13 +1,11 @@
 """``launch/train.py`` as a user runs it: alone, under torchrun, saved, resumed, and refused."""
 
-import importlib
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,67 +13,20 @@ import torch
 from torch.optim import Optimizer
 
 from shardopt import checkpoint
-from tests import ROOT
-from tests.launch.saved import flip_a_bit, saved, steps_in
+from tests.launch.jobs import (
+    ENVIRONMENT,
+    SCRIPT,
+    TOLERANCE,
+    Run,
+    assert_same_run,
+    command,
+    newest_step,
+    train,
+    trained,
+)
+from tests.launch.saved import flip_a_bit, steps_in
 
-SCRIPT = ROOT / "launch" / "train.py"
 TINY = ("--size", "tiny", "--steps", "6", "--save-every", "3", "--eval-every", "2")
-
-# Other world sizes sum the same numbers in another order. Measured: 3e-6 on weights of about 0.2
-# after ten steps; Adam makes steps of full size from gradients that are mostly rounding.
-TOLERANCE = 5e-5
-
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def command(*arguments: object, ranks: int = 1) -> list[str]:
-    """The script in a process of its own, or in as many as torchrun starts."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    start = [sys.executable, *(launcher if ranks > 1 else ()), str(SCRIPT), "--device", "cpu"]
-    return [*start, *map(str, arguments)]
-
-
-def train(*arguments: object, ranks: int = 1, timeout: float = 240) -> subprocess.CompletedProcess:
-    """Run the script to its end."""
-    return subprocess.run(
-        command(*arguments, ranks=ranks),
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-
-
-def trained(out: Path, *arguments: object, ranks: int = 1, how: str = "bit for bit") -> str:
-    """What a run that must succeed printed."""
-    result = train("--out", out, *arguments, ranks=ranks)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert f"next step is equal, {how}" in result.stdout
-    return result.stdout
-
-
-def numbers(run: dict) -> torch.Tensor:
-    """All that a saved run holds as numbers: weights, optimizer state, curves."""
-    states = run["optimizer"]["state"].values()
-    tensors = [*run["model"].values(), *(value for state in states for value in state.values())]
-    history = run["extra"]["history"]
-    curves = torch.tensor([*history["training"], *sum(history["held_out"], ())])
-    return torch.cat([tensor.flatten().double() for tensor in [*tensors, curves]])
-
-
-def assert_same_run(one: Path, other: Path, *, tolerance: float, step: int = 6) -> None:
-    """``other`` ended as the undisturbed ``one`` did, which moved after the resumed save."""
-    first, second = saved(one, step), saved(other, step)
-    assert first["step"] == second["step"] == step
-    assert first["scheduler"] == second["scheduler"]
-    rates = [run["extra"]["history"]["lr"] for run in (first, second)]
-    assert len(rates[0]) == step
-    assert rates[0] == rates[1]
-    assert numbers(first).numel() > 3 * 30_000  # weights and two moments
-    torch.testing.assert_close(numbers(second), numbers(first), rtol=0, atol=tolerance)
-    states = first["optimizer"]["state"]
-    assert not torch.equal(saved(one, 3)["optimizer"]["state"][0]["exp_avg"], states[0]["exp_avg"])
 
 
 def state_bytes(printed: str) -> list[int]:
@@ -105,27 +56,6 @@ def test_two_ranks_share_the_state(two_ranks):
     assert steps_in(out) == ["step-3", "step-6"]
 
 
-@pytest.fixture
-def trained_here(main, capsys):
-    """As ``trained``, in this process: one that has torch already."""
-
-    def run(out: Path, *arguments: object) -> str:
-        code = main(["--device", "cpu", "--out", str(out), *map(str, arguments)])
-        printed = capsys.readouterr().out
-        assert code == 0
-        assert "next step is equal, bit for bit" in printed
-        return printed
-
-    return run
-
-
-@pytest.fixture
-def main(monkeypatch):
-    """The script's ``main``."""
-    monkeypatch.syspath_prepend(str(ROOT / "launch"))
-    return importlib.import_module("train").main
-
-
 def test_one_process_goes_on_from_two_ranks(two_ranks, tmp_path, trained_here):
     out, _ = two_ranks
     printed = trained_here(tmp_path, "--resume", out / "step-3")
@@ -133,6 +63,7 @@ def test_one_process_goes_on_from_two_ranks(two_ranks, tmp_path, trained_here):
     assert_same_run(out, tmp_path, tolerance=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_two_ranks_go_on_from_two_ranks(two_ranks, tmp_path):
     out, _ = two_ranks
     trained(tmp_path, "--resume", out / "step-3", ranks=2)
@@ -146,39 +77,15 @@ ENDLESS = ("--size", "tiny", "--scheduler", "none", "--save-every", "3", "--eval
 def killed(tmp_path_factory) -> Path:
     """A run on two ranks, of which one was killed some time after step 3: its directory."""
     out = tmp_path_factory.mktemp("killed")
-    process = subprocess.Popen(
-        command("--out", out, *ENDLESS, "--steps", 100_000, ranks=2),
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not (out / "step-3").exists():
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.005)
-        os.kill(children(process.pid)[1], signal.SIGKILL)
-        assert process.wait(60) != 0
-    finally:
-        process.terminate()  # torchrun ends its ranks
-        process.wait(60)
+    line = command("--out", out, *ENDLESS, "--steps", 100_000, ranks=2)
+    with Run(line, out, ENVIRONMENT) as run:
+        run.wait_for_a_step([3], seed=0)
+        os.kill(run.ranks()[1], signal.SIGKILL)
+        assert run.ended(60) != 0
     return out
 
 
-def children(parent: int) -> list[int]:
-    """The processes that run the script, started by another."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            after_name = (folder / "stat").read_text().rpartition(")")[2]
-            is_script = str(SCRIPT).encode() in (folder / "cmdline").read_bytes()
-        except OSError:  # it has ended meanwhile
-            continue
-        if is_script and int(after_name.split()[1]) == parent:
-            found.append(int(folder.name))
-    return sorted(found)
-
-
+@pytest.mark.slow
 def test_killed_run_goes_on_in_one_process(killed, tmp_path, trained_here):
     """From the step that it completed, as if undisturbed; what it did not complete is removed."""
     out = shutil.copytree(killed, tmp_path / "out")
@@ -199,12 +106,6 @@ def test_killed_run_goes_on_on_three_ranks(killed, tmp_path, trained_here):
     trained(tmp_path / "3", "--resume", killed, *end, ranks=3)
     trained_here(tmp_path / "whole", *ENDLESS, *end)
     assert_same_run(tmp_path / "whole", tmp_path / "3", tolerance=TOLERANCE, step=last + 3)
-
-
-def newest_step(out: Path) -> int:
-    newest = checkpoint.latest(out)
-    assert newest is not None
-    return int(newest.name.removeprefix("step-"))
 
 
 @pytest.mark.slow

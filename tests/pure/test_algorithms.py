@@ -146,6 +146,13 @@ def test_only_optimizer_classes_are_registered(what):
         register(what, per_element=["exp_avg"])
 
 
+def test_a_class_of_torch_and_a_bare_name_are_not_registered():
+    with pytest.raises(ValueError, match="got torch's AdamW, which shardopt knows"):
+        register(torch.optim.AdamW, per_element=["exp_avg"])
+    with pytest.raises(TypeError, match="expected a list of names, got 'exp_avg'"):
+        register(Optimizer, per_element="exp_avg")
+
+
 def test_a_registered_class_is_cut_by_elements():
     class Mine(Adam):
         pass

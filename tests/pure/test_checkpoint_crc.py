@@ -6,7 +6,7 @@ import zlib
 
 import pytest
 
-from shardopt.checkpoint.crc import BLOCK, block_crcs, crc_of_blocks, joined
+from shardopt.checkpoint.crc import BLOCK, block_crcs, block_size, crc_of_blocks, joined
 
 LENGTHS = [0, 1, 2, 3, 63, 64, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 3 * BLOCK + 5]
 
@@ -40,3 +40,26 @@ def test_blocks_add_up_to_all_bytes(length):
     assert len(crcs) == -(-length // BLOCK)
     assert list(crcs) == [zlib.crc32(data[i : i + BLOCK]) for i in range(0, length, BLOCK)]
     assert crc_of_blocks(crcs, length) == zlib.crc32(data)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "size"),
+    [
+        (0, 1 << 16),
+        (8 << 20, 1 << 16),
+        ((8 << 20) + 1, 1 << 17),
+        (22 << 20, 1 << 18),
+        (256 << 20, 1 << 21),
+        (10 << 40, 4 << 20),
+    ],
+)
+def test_a_long_chunk_has_long_blocks_and_few_checksums(num_bytes, size):
+    assert block_size(num_bytes) == size
+
+
+def test_checksums_of_a_long_chunk_are_those_of_its_bytes():
+    data = random.Random(0).randbytes((20 << 20) + 77)
+    crcs = block_crcs(memoryview(data))
+    assert len(crcs) == 81
+    assert crcs[80] == zlib.crc32(data[80 << 18 :])
+    assert crc_of_blocks(crcs, len(data)) == zlib.crc32(data)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import pickle
+import sys
 import zipfile
 from collections import Counter, OrderedDict
 
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from shardopt.checkpoint.boxes import Box
 from shardopt.checkpoint.foreign import unpickler
+from shardopt.checkpoint.foreign.mapped import RESIDENT
 from shardopt.checkpoint.opening import open_source
 from shardopt.checkpoint.plain import TensorKey
 from shardopt.errors import CorruptError, IncompleteError, UnsupportedError
@@ -115,6 +117,17 @@ def test_a_file_of_tensors_in_memory_order_keeps_it(tmp_path):
         assert source.tensors["channels_last"].order == (0, 2, 3, 1)
         assert source.tensors["transposed"].order == (1, 0)
         assert source.tensors["fp32"].order is None
+
+
+@pytest.mark.parametrize("order", ["little", "big"])
+def test_what_is_let_go_after_it_was_read_comes_again(tmp_path, order):
+    tensor = torch.arange(RESIDENT // 4 + 1, dtype=torch.int32)
+    content = {"model": {"w": tensor}}
+    (tmp_path / "f").write_bytes(archive_with(tmp_path, content, {"byteorder": order.encode()}))
+    expected = tensor if order == sys.byteorder else torch.from_numpy(tensor.numpy().byteswap())
+    with open_source(tmp_path / "f") as source:
+        for _ in range(2):
+            assert_same(read_box(source, "model.w"), expected)
 
 
 def test_opening_reads_no_tensor(tmp_path):
@@ -431,6 +444,20 @@ def test_a_missing_file_is_named(tmp_path):
     (folder / "__0_0.distcp").unlink()
     with pytest.raises(IncompleteError, match=r"__0_0\.distcp: expected a file with 'w'"):
         open_source(folder)
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_a_file_cut_while_it_is_open_is_named(tmp_path, mapped):
+    folder = saved(tmp_path / "d", {"w": TENSORS["transposed"]})
+    with open_source(folder) as source:
+        assert source.tensors["w"].chunks[0].order == (1, 0)
+        if mapped:
+            assert_same(read_box(source, "w"), TENSORS["transposed"])
+        os.truncate(folder / "__0_0.distcp", 1)
+        with pytest.raises(
+            CorruptError, match=r"expected 24 bytes of tensor 'w' at byte .* the end"
+        ):
+            read_box(source, "w")
 
 
 def test_a_short_file_is_named(tmp_path):

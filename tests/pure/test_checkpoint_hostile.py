@@ -39,30 +39,35 @@ def edited(step, change):
     path.write_bytes(b'{"crc32":"%08x","manifest":%s}\n' % (zlib.crc32(text), text))
 
 
+WEIGHT = "model.0.weight"
+
+
+def changed_weight(*words):
+    def change(body):
+        assert words[0] in body["tensors"][WEIGHT]
+        body["tensors"][WEIGHT] = body["tensors"][WEIGHT].replace(*words)
+
+    return change
+
+
 def without_a_chunk(body):
-    body["tensors"]["model.0.weight"][3].clear()
+    body["tensors"][WEIGHT] = body["tensors"][WEIGHT].rpartition("|")[0]
 
 
 def swapped_tensors(body):
     tensors = body["tensors"]
-    one, other = "optimizer.state.0.weight.exp_avg", "model.0.weight"
-    tensors[one][3], tensors[other][3] = tensors[other][3], tensors[one][3]
+    one, other = "optimizer.state.0.weight.exp_avg", WEIGHT
+    tensors[one], tensors[other] = tensors[other], tensors[one]
 
 
 EDITS = {
     "another world size": (lambda body: body.update(world_size=3), "ranks"),
     "another step": (lambda body: body.update(step=7), "step"),
     "another run": (lambda body: body.update(run="0" * 32), "run"),
-    "a tensor less": (lambda body: body["tensors"].pop("model.0.weight"), "model.0.weight"),
-    "a chunk less": (without_a_chunk, "model.0.weight"),
-    "another shape": (
-        lambda body: body["tensors"]["model.0.weight"].__setitem__(1, [150, 200]),
-        "model.0.weight",
-    ),
-    "another dtype": (
-        lambda body: body["tensors"]["model.0.weight"].__setitem__(0, "float64"),
-        "model.0.weight",
-    ),
+    "a tensor less": (lambda body: body["tensors"].pop(WEIGHT), WEIGHT),
+    "a chunk less": (without_a_chunk, WEIGHT),
+    "another shape": (changed_weight(" 200,150", " 150,200"), WEIGHT),
+    "another dtype": (changed_weight("float32", "float64"), WEIGHT),
     "a file elsewhere": (
         lambda body: body["files"].update({"../step-1/x": [1, 1, None]}),
         "../step-1/x",

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import zlib
 from array import array
 from pathlib import Path
@@ -20,6 +21,7 @@ from shardopt.checkpoint.manifest import (
     read_manifest,
 )
 from shardopt.checkpoint.opening import open_source
+from shardopt.checkpoint.plain import TensorKey
 from shardopt.errors import CorruptError, IncompleteError
 
 PATH = Path("step-4/manifest.json")
@@ -33,7 +35,7 @@ def small() -> Manifest:
         step=4,
         world_size=2,
         facts={"torch": "2.9"},
-        tree={"model": {"w": {"!": "tensor", "of": "w"}}},
+        tree={"model": {"w": TensorKey("w")}},
         tensors={
             "w": TensorEntry("float32", (2, 4), None, half),
             "long": TensorEntry("float16", (BLOCK,), None, [long]),
@@ -47,6 +49,15 @@ def test_a_manifest_comes_back_as_it_was():
     manifest = small()
     assert parse_manifest(manifest.to_bytes(), PATH) == manifest
     assert parse_manifest(manifest.to_bytes(), PATH).to_bytes() == manifest.to_bytes()
+
+
+def test_entries_are_a_line_each():
+    told = json.loads(small().to_bytes())["manifest"]["tensors"]
+    assert told == {
+        "w": "float32 2,4|0.bin 64 00000001 0,0 1,4|1.bin 64 00000002 1,0 1,4",
+        "long": f"float16 {BLOCK}|0.bin 128 00000007ffffffff",
+        "turned": "bool 0,3 1,0",
+    }
 
 
 def test_every_flipped_bit_is_noticed():
@@ -74,7 +85,10 @@ def edited(*keys, to) -> bytes:
     for key in way:
         at = at[key]
     at[last] = to
-    text = json.dumps(body, separators=(",", ":")).encode()
+    return with_crc(json.dumps(body, separators=(",", ":")).encode())
+
+
+def with_crc(text: bytes) -> bytes:
     return b'{"crc32":"%08x","manifest":%s}\n' % (zlib.crc32(text), text)
 
 
@@ -105,35 +119,73 @@ def test_a_step_under_the_name_of_another_is_refused(tmp_path):
         read_manifest(tmp_path / "step-77")
 
 
-CHUNK = ("tensors", "w", 3, 1)
+W, CHUNKS = ("tensors", "w"), "0.bin 64 00000001 0,0 1,4|1.bin 64 00000002 1,0 1,4"
+
+
+def with_second(place: str) -> str:
+    """The entry of a tensor whose second chunk is another."""
+    return f"float32 2,4|0.bin 64 00000001 0,0 1,4|{place}"
 
 
 @pytest.mark.parametrize(
     ("keys", "value", "message"),
     [
-        (("tensors", "w", 1), [3, 4], "'w': expected chunks with 12 elements in all, got 8"),
-        (("tensors", "w", 3), [], "'w': expected chunks with 8 elements in all, got 0"),
-        ((*CHUNK, 0), [0, 0], "'w': expected chunks beside one another, got two that overlap"),
-        ((*CHUNK, 0), [2, 0], "'w': expected a part of float32 .2, 4. within a file"),
-        ((*CHUNK, 0), [-1, 0], "'w': expected a part of"),
-        ((*CHUNK, 0), [1], "'w': expected a part of|not a manifest"),
-        ((*CHUNK, 1), [-1, -4], "'w': expected a part of"),
-        ((*CHUNK, 2), "2.bin", "got .* of '2.bin'"),
-        ((*CHUNK, 3), 72, "got .* at byte 72"),
-        ((*CHUNK, 3), -1, "got .* at byte -1"),
-        ((*CHUNK, 4), "", "'w': expected 1 checksums for .*, got 0"),
-        ((*CHUNK, 4), "0102", "not a manifest"),
-        ((*CHUNK, 4), "zzzzzzzz", "not a manifest"),
-        (("tensors", "w", 0), "float99", "not a manifest"),
-        (("tensors", "w", 2), [0, 0], "'w': expected an order of 2 dims, got .0, 0."),
-        (("tensors", "w", 2), [0, 5], "'w': expected an order of 2 dims"),
+        (W, f"float32 3,4|{CHUNKS}", "'w': expected chunks with 12 elements in all, got 8"),
+        (W, "float32 2,4", "'w': expected chunks with 8 elements in all, got 0"),
+        (W, with_second("1.bin 64 00000002 0,0 1,4"), "'w': expected chunks beside one another"),
+        (W, with_second("1.bin 64 00000002 2,0 1,4"), "'w': expected a part of float32 .2, 4. wi"),
+        (
+            W,
+            with_second("1.bin 64 00000002 -1,0 1,4"),
+            "not a manifest of shardopt .expected integers",
+        ),
+        (W, with_second("1.bin 64 00000002 1,0 -1,-4"), "not a manifest"),
+        (W, with_second("1.bin 64 00000002 1 1,4"), "not a manifest"),
+        (W, with_second("1.bin 64 00000002 1 4"), "'w': expected a part of"),
+        (W, with_second("1.bin 64 00000002 1,0"), "not a manifest"),
+        (W, with_second("2.bin 64 00000002 1,0 1,4"), "got .* of '2.bin'"),
+        (W, with_second("1.bin 72 00000002 1,0 1,4"), "got .* at byte 72"),
+        (W, with_second("1.bin -1 00000002 1,0 1,4"), "not a manifest"),
+        (W, with_second("1.bin 64.5 00000002 1,0 1,4"), "not a manifest"),
+        (W, with_second("1.bin 64  1,0 1,4"), "'w': expected 1 checksums for .*, got 0"),
+        (W, with_second("1.bin 64 0102 1,0 1,4"), "not a manifest"),
+        (W, with_second("1.bin 64 zzzzzzzz 1,0 1,4"), "not a manifest"),
+        (W, f"float99 2,4|{CHUNKS}", "not a manifest"),
+        (W, f"float32 2,4 0,0|{CHUNKS}", "'w': expected an order of 2 dims, got .0, 0."),
+        (W, f"float32 2,4 0,5|{CHUNKS}", "'w': expected an order of 2 dims"),
+        (W, f"float32 2,4 1,0 1,0|{CHUNKS}", "not a manifest"),
+        (W, "", "not a manifest"),
+        (W, "float32", "not a manifest"),
+        (W, "float32 -2,-4", "not a manifest"),
+        (W, ["float32", [2, 4], None, []], "not a manifest"),
+        (
+            ("tensors", "long"),
+            f"float16 {BLOCK}|0.bin 128 00000007",
+            "'long': expected 2 checksums",
+        ),
+        (("tensors", "long"), f"float16 {BLOCK}|0.bin -1 00000007ffffffff", "not a manifest"),
+        (("tensors", "long"), f"float16 {BLOCK}|0.bin 1e3 00000007ffffffff", "not a manifest"),
+        (("tensors", "long"), f"float16 -{BLOCK}|0.bin 128 00000007ffffffff", "not a manifest"),
+        (("tensors", "long"), f"float99 {BLOCK}|0.bin 128 00000007ffffffff", "not a manifest"),
+        (("tensors", "long"), f"float16 {BLOCK}|../0.bin 128 00000007ffffffff", "of '../0.bin'"),
+        (("tensors", "turned"), f"bool 0,{10**30}", "not a manifest"),
+        (("tensors",), {"!": "dict", "of": [[5, "float32 0"]]}, "not a manifest"),
         (("files", "0.bin"), [70, 5, 0], "'w': expected a part of"),
         (("files", "0.bin"), ["much", 5, 0], "not a manifest"),
         (("files", "../0.bin"), [70, 5, 0], "expected names of files, got '../0.bin'"),
+        (("files", ".."), [70, 5, 0], "expected names of files, got '..'"),
+        (("files", ""), [70, 5, 0], "expected names of files, got ''"),
+        (("files", "a\0b"), [70, 5, 0], "expected names of files"),
+        (("files",), {"!": "dict", "of": [[5, [1, 2, 0]]]}, "not a manifest"),
         (("files",), None, "not a manifest"),
+        (("facts",), {"torch": {"!": "deque", "of": [], "maxlen": 1 << 70}}, "not a manifest"),
+        (("facts",), 3, "not a manifest"),
+        (("step",), 4.0, "not a manifest"),
+        (("step",), math.inf, "not a manifest"),
+        (("world_size",), 10**13, "expected a file of each of 10000000000000 ranks"),
         (("tree",), 3, "not a manifest"),
-        (("format",), 2, "expected format 1, got 2; .* another version"),
-        (("block",), 4096, "expected format 1"),
+        (("format",), 1, "expected format 3, got 1; .* another version"),
+        (("blocks",), [4096, 1 << 22, 128], "expected format 3"),
     ],
 )
 def test_an_edited_manifest_is_refused_even_under_a_right_checksum(keys, value, message):
@@ -145,14 +197,44 @@ def test_an_edited_manifest_is_refused_even_under_a_right_checksum(keys, value, 
     ("tree", "message"),
     [
         ({"w": {"!": "tensor", "of": "lost"}}, "expected an entry for tensor 'lost', got none"),
-        ({"w": {"!": "os.system", "of": "ls"}}, "not a tree of shardopt"),
-        ({"w": {"!": "tuple"}}, "not a tree of shardopt"),
+        ({"w": {"!": "os.system", "of": "ls"}}, "not a manifest of shardopt"),
+        ({"w": {"!": "tuple"}}, "not a manifest of shardopt"),
+        ({"w": {"!": "float", "of": 10**400}}, "not a manifest of shardopt"),
+        ({"w": {"!": "set", "of": [{"!": "tensor", "of": "lost"}]}}, "expected an entry for"),
+        ({"w": {"!": "dict", "of": [[{"!": "tensor", "of": "w"}, 1]]}}, "keys without tensors"),
     ],
 )
 def test_an_edited_tree_is_refused(tmp_path, tree, message):
     (tmp_path / "manifest.json").write_bytes(edited("tree", "model", to=tree))
     with pytest.raises(CorruptError, match=message):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"param_groups": 5, "state": {}},
+        {"param_groups": [{"lr": 1}], "state": {}},
+        {"param_groups": [["params"]], "state": {}},
+        {"param_groups": [{"params": [[]]}], "state": {}},
+        {"param_groups": [{"params": ["w"]}], "state": [1]},
+        {"param_groups": [{"params": ["w"]}], "state": {}, "own": 3},
+        {"param_groups": []},
+    ],
+)
+def test_an_optimizer_that_is_none_is_refused(optimizer):
+    with pytest.raises(CorruptError, match="not a manifest of shardopt"):
+        parse_manifest(edited("tree", "optimizer", to=optimizer), PATH)
+
+
+def test_a_text_that_python_does_not_read_is_refused():
+    text = small().to_bytes()[len('{"crc32":"00000000","manifest":') : -2]
+    assert parse_manifest(with_crc(text), PATH) == small()
+    with pytest.raises(CorruptError, match="not a manifest of shardopt"):
+        parse_manifest(with_crc(text.replace(b"ab12", b"\xff\xfe12")), PATH)
+    deep = text.replace(b'"tree":{', b'"tree":{"extra":%s,' % (b"[" * 100000 + b"]" * 100000))
+    with pytest.raises(CorruptError, match="not a manifest of shardopt"):
+        parse_manifest(with_crc(deep), PATH)
 
 
 def test_no_manifest_is_an_incomplete_checkpoint(tmp_path):

@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ import torch.distributed.checkpoint as dcp
 from shardopt.checkpoint import stream
 from shardopt.checkpoint.diff import diff
 from shardopt.checkpoint.offline import consolidate
-from shardopt.checkpoint.plain import decode
+from shardopt.checkpoint.plain import TensorKey, decode, map_tensors
 from shardopt.errors import CorruptError, IncompleteError, MismatchError, UnsupportedError
+from tests import ROOT
 from tests.checkpoints import flip, training_tree, write_checkpoint
 from tests.pure.test_checkpoint_plain import assert_same
 
@@ -71,6 +73,7 @@ def test_a_torch_file_holds_it_all(tmp_path, step, tree, piece, monkeypatch):
     for name, tensor in tree["model"].items():
         assert_tensor(loaded["model"][name], tensor)
         assert loaded["model"][name].stride() == tensor.stride()
+        assert loaded["model"][name]._backward_hooks is None  # which tensors must not share
     assert_state(loaded["optimizer"], by_index(tree["optimizer"]))
     assert_same(loaded["scheduler"], tree["scheduler"])
     extra = loaded["extra"]
@@ -172,7 +175,7 @@ def test_tied_tensors_share_their_storage(tmp_path):
     manifest = write_checkpoint(tmp_path / "step-4", tree)
     manifest.tree["model"]["c"] = manifest.tree["model"]["a"]
     manifest.tensors["model.d"] = manifest.tensors["model.a"]
-    manifest.tree["model"]["d"] = {"!": "tensor", "of": "model.d"}
+    manifest.tree["model"]["d"] = TensorKey("model.d")
     (tmp_path / "step-4" / "manifest.json").write_bytes(manifest.to_bytes())
     consolidate(tmp_path / "step-4", tmp_path / "out.pt", only="model")
     loaded = torch.load(tmp_path / "out.pt", weights_only=True)
@@ -182,6 +185,38 @@ def test_tied_tensors_share_their_storage(tmp_path):
     loaded = safetensors.torch.load_file(tmp_path / "o.safetensors")
     for name in "acd":
         assert_tensor(loaded[name], weight)
+
+
+@pytest.mark.parametrize("only", [None, "optimizer"])
+def test_tensors_in_sets_and_deques_are_written_and_named(tmp_path, only):
+    one, two, three, four = (torch.full((3,), float(number)) for number in range(1, 5))
+    state = {"set": {one, (2, two)}, "deque": deque([three], maxlen=2), "sets": {frozenset({four})}}
+    groups = [{"params": ["w"], "words": {"a", "b"}}]
+    tree = {"optimizer": {"state": {"w": state}, "param_groups": groups, "own": {}}}
+    write_checkpoint(tmp_path / "step-4", tree)
+    out = tmp_path / "o.safetensors"
+    consolidate(tmp_path / "step-4", out, format="safetensors", only=only)
+    loaded = safetensors.torch.load_file(out)
+    with safetensors.safe_open(out, "pt") as file:
+        text = file.metadata()["optimizer"]
+    found = map_tensors(
+        json.loads(text, object_hook=decode), lambda key: float(loaded.pop(key.key)[0])
+    )
+    assert not loaded
+    state = {"set": {1.0, (2, 2.0)}, "deque": deque([3.0], maxlen=2), "sets": {frozenset({4.0})}}
+    assert_same(found["state"], {0: state})
+    assert found["param_groups"] == [{"params": [0], "words": {"a", "b"}}]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+def test_mapped_elements_of_16_bytes_need_no_alignment(tmp_path):
+    weight = torch.arange(30).to(torch.complex128).view(2, 3, 5).transpose(0, 1)
+    state = {"model": {"a": weight, "b": weight * 2j, "c": weight + 1}}
+    dcp.save(state, checkpoint_id=tmp_path / "there", no_dist=True)
+    consolidate(tmp_path / "there", tmp_path / "out.pt", only="model")
+    loaded = torch.load(tmp_path / "out.pt", weights_only=True)
+    for name, tensor in state["model"].items():
+        assert torch.equal(loaded[name], tensor)
 
 
 def test_an_integer_that_weights_only_cannot_read_is_refused(tmp_path):
@@ -214,10 +249,10 @@ def test_safetensors_holds_it_all(tmp_path, step, tree):
     assert set(about) == {"format", "step", "optimizer", "scheduler", "extra"}
     assert about["format"] == "pt"
     assert about["step"] == "4"
-    assert_same(decode(json.loads(about["scheduler"])), tree["scheduler"])
-    groups = decode(json.loads(about["optimizer"]))["param_groups"]
+    assert_same(json.loads(about["scheduler"], object_hook=decode), tree["scheduler"])
+    groups = json.loads(about["optimizer"], object_hook=decode)["param_groups"]
     assert_same(groups, tree["optimizer"]["param_groups"])
-    extra = decode(json.loads(about["extra"]))
+    extra = json.loads(about["extra"], object_hook=decode)
     assert extra[3] == tree["extra"][3]
     assert extra["rng"].key == "extra.rng"
 
@@ -308,6 +343,15 @@ print(peak() - before)
 """
 
 
+def peak_of_consolidate(source: Path, out: Path, format: str) -> float:  # MB
+    """What it takes above the interpreter and torch, in a process of its own."""
+    command = [sys.executable, "-c", PEAK, str(source), str(out), format]
+    cwd = Path(__file__).parents[2]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=cwd)
+    assert out.stat().st_size > 300_000_000
+    return float(ran.stdout)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["torch", "safetensors"])
 @pytest.mark.parametrize("shape", [(75_000_000,), (15_000, 5000)])
@@ -316,12 +360,47 @@ def test_memory_is_bounded_whatever_the_size_of_a_tensor(tmp_path, format, shape
     if len(shape) == 2:
         tensor = tensor.t()
     write_checkpoint(tmp_path / "step-4", {"model": {"w": tensor}})
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", PEAK, str(tmp_path / "step-4"), str(out), format]
-    cwd = Path(__file__).parents[2]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=cwd)
-    assert out.stat().st_size > 300_000_000
-    assert float(ran.stdout) <= 64
+    assert peak_of_consolidate(tmp_path / "step-4", tmp_path / "out", format) <= 64
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+@pytest.mark.parametrize("format", ["torch", "safetensors"])
+@pytest.mark.parametrize("shape", [(75_000_000,), (15_000, 5000)])
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_memory_is_bounded_whatever_the_size_of_a_tensor_that_torch_has_saved(
+    tmp_path, format, shape, kind
+):
+    tensor = torch.arange(math.prod(shape), dtype=torch.float32).view(shape)
+    if len(shape) == 2:
+        tensor = tensor.t()
+    source, state = tmp_path / kind, {"model": {"w": tensor}}
+    if kind == "file":
+        torch.save(state, source)
+    else:
+        dcp.save(state, checkpoint_id=source, no_dist=True)
+    assert peak_of_consolidate(source, tmp_path / "out", format) <= 64
+
+
+TRACED = """
+import sys, tracemalloc
+from shardopt.checkpoint.offline import consolidate
+source, out, form = sys.argv[1:]
+consolidate(source, out + "-imports", format=form)
+tracemalloc.start()
+consolidate(source, out, format=form)
+print(tracemalloc.get_traced_memory()[1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("format", "most"), [("torch", 1800), ("safetensors", 2800)])
+def test_memory_of_many_small_tensors_is_that_of_their_entries(tmp_path, format, most):
+    tensors = {f"w{number}": torch.zeros(2048) for number in range(2000)}
+    write_checkpoint(tmp_path / "step-4", {"model": tensors})
+    command = [sys.executable, "-c", TRACED, str(tmp_path / "step-4"), str(tmp_path / "o"), format]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(ran.stdout) <= most * len(tensors)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")

@@ -25,7 +25,8 @@ def no_tensor(value, name):
 
 
 def through_json(value, refer=no_tensor):
-    return decode(json.loads(json.dumps(encode(value, ("extra",), refer), allow_nan=False)))
+    text = json.dumps(encode(value, ("extra",), refer), allow_nan=False)
+    return json.loads(text, object_hook=decode)
 
 
 def assert_same(one, other):

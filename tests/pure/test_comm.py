@@ -136,6 +136,13 @@ def test_without_a_process_group_one_process_is_chosen():
     assert type(choose_collectives(None)) is SoloCollectives
 
 
+def test_one_of_several_ranks_is_warned_that_it_works_alone(monkeypatch):
+    monkeypatch.setenv("PMI_RANK", "1")
+    monkeypatch.setenv("PMI_SIZE", "2")
+    with pytest.warns(UserWarning, match=r"rank 1 of 2 from MPICH.*got none.*bootstrap\(\)"):
+        choose_collectives(None)
+
+
 def test_collectives_of_the_users_own_are_taken():
     mine = Loopback()
     assert choose_collectives(mine) is mine
@@ -149,6 +156,7 @@ def test_anything_else_is_refused(wrong):
 
 
 WITHOUT_A_PROCESS_GROUP = """
+import sys
 import torch
 from shardopt import ShardedOptimizer
 
@@ -163,6 +171,7 @@ def trained(make):
 ours, our_state = trained(lambda p: ShardedOptimizer(p, torch.optim.AdamW, kernel="torch"))
 theirs, their_state = trained(torch.optim.AdamW)
 assert not torch.distributed.is_initialized()
+assert "mpi4py" not in sys.modules
 assert torch.equal(ours, theirs)
 assert str(our_state) == str(their_state)
 print("trained")

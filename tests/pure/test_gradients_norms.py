@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from shardopt.gradients.norms import (
+    all_finite,
     clip_factor,
     first_nonfinite,
     norm_order,
@@ -79,6 +80,21 @@ def test_first_nonfinite():
     ]
     for held, number in cases:
         assert first_nonfinite(held, CPU) == number, held
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.complex64])
+def test_all_finite_sees_every_element(dtype):
+    """Those that vectors of a kernel hold, and those of its tail; the largest ones are finite."""
+    largest = torch.finfo(dtype).max
+    for numel in (0, 1, 2, 17, 100):
+        held = torch.full((numel,), largest).to(dtype)
+        held[::2] *= -1
+        assert all_finite(held)
+        for place in range(numel):
+            for value in (math.inf, -math.inf, math.nan):
+                spoilt = held.clone()
+                spoilt[place] = complex(0, value) if dtype.is_complex else value
+                assert not all_finite(spoilt)
 
 
 def test_clip_factor_is_torchs():

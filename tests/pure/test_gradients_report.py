@@ -34,6 +34,7 @@ def test_a_report_travels_as_a_few_words(num_parameters):
         rounds=7,
         lost=2,
         facts=-(2**63),
+        failed=1,
         more=1,
         rows=1,
         missing=5,
@@ -47,7 +48,7 @@ def test_a_report_travels_as_a_few_words(num_parameters):
     collectives = Recorded()
     assert exchange(collectives, report, num_parameters) == [report, report]
     assert collectives.row.dtype is torch.int64
-    assert collectives.row.numel() == 11 + num_parameters // 62 + 1
+    assert collectives.row.numel() == 12 + num_parameters // 62 + 1
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1e-310, 3.5, float("inf"), float("nan")])

@@ -216,6 +216,8 @@ def test_check_needs_somebody_to_ask():
         check_schedules(scheduler)
     with pytest.raises(TypeError, match="got one that drives no scheduler"):
         check_schedules([])
+    with pytest.raises(TypeError, match="got one that drives NoneType"):
+        check_schedules(None)
     asked = []
     other = SimpleNamespace(agree=lambda facts, remedy: asked.append((facts, remedy)))
     check_schedules(scheduler, optimizer=other)

@@ -97,6 +97,24 @@ def test_keys_are_names_where_there_are_some(how, with_model, rank, tmp_path):
 
 
 @on_ranks(2)
+def test_any_name_of_a_parameter_will_do(rank, tmp_path):
+    """Also those that have a meaning in the manifest."""
+    model = nn.ParameterDict(
+        {name: nn.Parameter(torch.ones(2100)) for name in ("!", "of", "entry")}
+    )
+    optimizer = ShardedOptimizer(model.named_parameters(), AdamW, bucket_cap_mb=SMALL_BUCKETS)
+    for parameter in model.values():
+        parameter.grad = torch.ones(2100)
+    optimizer.step()
+    save(tmp_path, step=1, model=model, optimizer=optimizer)
+    trained = {name: parameter.detach().clone() for name, parameter in model.items()}
+    for parameter in model.values():
+        nn.init.zeros_(parameter)
+    load(tmp_path, model=model, optimizer=optimizer)
+    assert_same({name: parameter.detach() for name, parameter in model.items()}, trained)
+
+
+@on_ranks(2)
 def test_the_model_within_ddp_is_saved_and_loaded_under_its_own_names(rank, tmp_path):
     model = make(Zoo)
     wrapped = nn.parallel.DistributedDataParallel(model)

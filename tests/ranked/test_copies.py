@@ -35,7 +35,7 @@ def snapshot(trained: Pair):
     return copy.deepcopy((trained.ours, trained.optimizer.state_dict()))
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("rule", RULES)
 def test_a_copy_of_parameters_and_optimizer_trains_on_like_the_original(rule, steps):
@@ -51,7 +51,7 @@ def test_a_copy_of_parameters_and_optimizer_trains_on_like_the_original(rule, st
     assert_same([p.detach() for p in trained.ours], [p.detach() for p in twin.ours])
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_a_copy_goes_its_own_way():
     trained = pair(four).train(1)
     twin = copied(trained)
@@ -65,7 +65,7 @@ def test_a_copy_goes_its_own_way():
     assert len(trained.optimizer.param_groups) == 1
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_a_copy_of_the_optimizer_alone_has_parameters_of_its_own():
     trained = pair(four).train(1)
     twin = copy.deepcopy(trained.optimizer)
@@ -78,7 +78,7 @@ def test_a_copy_of_the_optimizer_alone_has_parameters_of_its_own():
     assert not any(map(torch.equal, copies, before))
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_an_optimizer_with_a_scheduler_is_copied():
     trained = pair(four).train(1)
     schedulers = [StepLR(optimizer, 1, gamma=0.5) for _, optimizer in trained.both()]
@@ -99,7 +99,7 @@ class Remembering(SGD):
         return super().step(closure)
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_state_of_no_parameter_is_copied():
     trained = pair(four, Remembering).train(2)
     twin = copied(trained)

@@ -56,7 +56,7 @@ def test_only_the_constructor_line_changes(name):
         )
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_block(name, kernel):
@@ -77,7 +77,7 @@ def test_block(name, kernel):
     assert not torch.equal(twin.seen[0][1][-1 if name == "construct" else 0], twin.values()[0])
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize(
     "name, rates",
     [
@@ -94,7 +94,7 @@ def test_rates_are_those_of_the_comments(name, rates):
     }
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_lambda_rates_are_the_initial_rate_times_the_function():
     """The first group's lr is 0 for 30 epochs: its parameters stand still, the second's move."""
     seen = Stage(sharded=True).run("LambdaLR").seen
@@ -107,14 +107,14 @@ def test_lambda_rates_are_the_initial_rate_times_the_function():
     assert not torch.equal(seen[0][1][classifier], seen[29][1][classifier])
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_group_options_override_the_keyword_arguments():
     """model.base: the default lr of 1e-2; model.classifier: 1e-3; momentum 0.9 for all."""
     optimizer = Stage(sharded=True).run("per-parameter options").built[0]
     assert [(g["lr"], g["momentum"]) for g in optimizer.param_groups] == [(1e-2, 0.9), (1e-3, 0.9)]
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_a_model_that_moves_after_construction_is_named():
     """The note: ``.cuda()`` comes before. Here as ``.double()``, for want of another device."""
     stage = Stage(sharded=True).run("SGD")
@@ -125,7 +125,7 @@ def test_a_model_that_moves_after_construction_is_named():
         stage.train()
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_parameters_that_left_their_place_are_taken_back():
     """Consistent locations: values put into other memory are trained, not those left behind."""
     seen = []
@@ -139,7 +139,7 @@ def test_parameters_that_left_their_place_are_taken_back():
     assert all(map(torch.equal, *seen))
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_closure_is_called_once_and_its_loss_returned(name):
     """``step(closure)`` of each class: gradients on, one call, and the numbers of plain torch."""
@@ -170,7 +170,7 @@ def test_closure_is_called_once_and_its_loss_returned(name):
     assert all(map(torch.equal, seen[0][1], seen[1][1]))
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize("name", DENSE)
 def test_differentiable_is_refused(name):
     """The one option of today's torch that shards cannot have: they are detached."""
@@ -179,7 +179,7 @@ def test_differentiable_is_refused(name):
         ShardedOptimizer([parameter], getattr(torch.optim, name), differentiable=True)
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_state_dict_has_two_entries():
     """``state`` and ``param_groups``, which hold no tensor of the model but its index."""
     stage = Stage(sharded=True).run("SGD")
@@ -194,7 +194,7 @@ def test_state_dict_has_two_entries():
         assert state["state"][index]["momentum_buffer"].shape == parameter.shape
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_zero_grad_clears_all_gradients():
     stage = Stage(sharded=True).run("SGD")
     stage.built[0].zero_grad(set_to_none=False)
@@ -203,7 +203,7 @@ def test_zero_grad_clears_all_gradients():
     assert all(p.grad is None for p in stage.model.parameters())
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_frozen_layers_join_as_training_goes_on():
     """``add_param_group`` "can be useful when fine tuning a pre-trained network"."""
     seen = []
@@ -225,7 +225,7 @@ def test_frozen_layers_join_as_training_goes_on():
     assert all(map(torch.equal, *seen))
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_parameters_without_an_order_are_refused():
     """The warning: "a deterministic ordering that is consistent between runs", so no sets.
 
@@ -238,7 +238,7 @@ def test_parameters_without_an_order_are_refused():
         ShardedOptimizer(set(nn.Linear(2, 2).parameters()), torch.optim.SGD, lr=0.1)
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_momentum_of_sgd_is_the_form_of_the_note():
     """v = ρ·v + g, p = p − lr·v, which parts from v = ρ·v + lr·g, p = p − v once lr changes."""
     parameter = nn.Parameter(torch.ones(3000, dtype=torch.float64))
@@ -256,7 +256,7 @@ def test_momentum_of_sgd_is_the_form_of_the_note():
     assert abs(noted - sutskever) > 0.1
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_cosine_annealing_follows_its_formula():
     """η_t = η_min + ½ (η_max − η_min) (1 + cos(T_cur / T_max · π))."""
     parameter = nn.Parameter(torch.ones(3000))

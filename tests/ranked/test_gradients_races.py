@@ -10,9 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import Parameter
 from torch.optim import SGD, Adafactor, AdamW
 
+from shardopt import ShardedOptimizer
+from shardopt.comm.mesh import MeshCollectives
+from shardopt.comm.solo import SoloCollectives
 from shardopt.comm.torch_group import TorchCollectives
 from tests.ranked.test_gradients import Twins, every_kind
 from tests.ranked.test_gradients import random as random_tensor
@@ -33,6 +37,9 @@ class Drowsy:
     def is_done(self) -> bool:
         return self._is_awake() and self._handle.is_done()
 
+    def is_completed(self) -> bool:
+        return self._is_awake() and self._handle.is_completed()
+
     def wait(self) -> None:
         self._doze()
         self._handle.wait()
@@ -46,8 +53,8 @@ class Drowsy:
 class DrowsyCollectives(TorchCollectives):
     """The same collectives, with sleeps in front of and behind each, that each rank draws."""
 
-    def __init__(self, seed: int):
-        super().__init__()
+    def __init__(self, seed: int, process_group=None, use: str = "shardopt"):
+        super().__init__(process_group, use=use)
         self._random = random.Random(1000 * seed + self.rank)
         self.started: list[tuple[str, int]] = []  # the name of each, and the size of what it moves
 
@@ -157,3 +164,37 @@ def test_one_rank_that_is_late_with_everything(kind, rank, world_size):
     twins.optimizer.step()
     twins.follow(3)
     assert_same_parameters(twins.ours, twins.theirs)
+
+
+@on_ranks(4)
+@every_kind
+@pytest.mark.parametrize("shape", [(2, 2), (4, 1)])
+@pytest.mark.parametrize("seed", range(3))
+def test_on_a_mesh_two_optimizers_start_everything_in_one_order(
+    kind, shape, seed, rank, world_size
+):
+    """Of whom each reduces in two halves, whose first ends at another time on each rank."""
+    mesh = init_device_mesh("cpu", shape)
+    column, row = (DrowsyCollectives(seed, mesh.get_group(axis)) for axis in (0, 1))
+    means = DrowsyCollectives(seed, mesh.get_group(0), "means")
+    rows = [row, row] if row.world_size > 1 else [SoloCollectives(), SoloCollectives()]
+    ours, theirs = branches(), branches()
+    halves = [[*ours.parameters()][half::2] for half in range(2)]
+    options = {"gradients": kind, "bucket_cap_mb": 0.0003, "eps": 1e-3}
+    optimizers = [
+        ShardedOptimizer(half, AdamW, MeshCollectives(own, column, means), **options)
+        for half, own in zip(halves, rows, strict=True)
+    ]
+    twin = AdamW(theirs.parameters(), eps=1e-3)
+    for step in range(4):
+        in_any_order(ours, step, rank, shuffled=False).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        twin.zero_grad()
+        for other in range(world_size):
+            (in_any_order(theirs, step, other, shuffled=False) / world_size).backward()
+        twin.step()
+    torch.testing.assert_close([*ours.parameters()], [*theirs.parameters()], rtol=0, atol=1e-4)
+    for axis in (column, row, means):
+        rows = torch.tensor([len(name) * 10**6 + size for name, size in axis.started])
+        assert (TorchCollectives.all_gather_rows(axis, rows) == rows).all()

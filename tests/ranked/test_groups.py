@@ -71,7 +71,7 @@ WAYS = [
 ]
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @every_class
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_parameters_are_taken_in_every_way_of_torch(way, optimizer_class):
@@ -81,7 +81,7 @@ def test_parameters_are_taken_in_every_way_of_torch(way, optimizer_class):
     assert trained.optimizer.param_groups[0].keys() == trained.plain.param_groups[0].keys()
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_names_show_in_the_state_dict_and_in_errors():
     trained = pair(four, AdamW, named).train(1)
     assert trained.optimizer.state_dict()["param_groups"][0]["param_names"] == names(4)
@@ -90,7 +90,7 @@ def test_names_show_in_the_state_dict_and_in_errors():
         trained.optimizer.step()
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @every_class
 def test_an_optimizer_may_begin_with_nothing_but_empty_groups(optimizer_class):
     trained = pair(list, optimizer_class, lambda _: [{"params": []}, {"params": [], "lr": 0.1}])
@@ -129,7 +129,7 @@ def add_group(trained: Pair, *shapes, **options) -> None:
         optimizer.add_param_group({"params": new, **options})
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @every_class
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_a_group_may_be_added_at_any_time(optimizer_class, steps):
@@ -143,7 +143,7 @@ def test_a_group_may_be_added_at_any_time(optimizer_class, steps):
     assert [len(group["params"]) for group in trained.optimizer.param_groups] == [4, 2, 0, 3]
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @every_class
 @pytest.mark.parametrize("steps", [0, 1])
 def test_an_added_parameter_without_a_gradient_has_no_state(optimizer_class, steps):
@@ -160,7 +160,7 @@ def test_an_added_parameter_without_a_gradient_has_no_state(optimizer_class, ste
     trained.train(2)
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_what_added_groups_begin_with_is_known_without_communication():
     """A class makes the state of the groups that it is constructed with."""
     optimizer = ShardedOptimizer(four(), AdamW, bucket_cap_mb=SMALL_BUCKETS)
@@ -173,7 +173,7 @@ def test_what_added_groups_begin_with_is_known_without_communication():
     assert_same(comparable(optimizer.state_dict()), before)
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_matrices_are_added_for_muon_and_nothing_else():
     trained = pair(lambda: random_parameters((70, 33), (9, 8)), Muon).train(1)
     add_group(trained, (33, 40))
@@ -183,7 +183,7 @@ def test_matrices_are_added_for_muon_and_nothing_else():
     trained.train(1)
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_a_group_is_added_by_name():
     trained = pair(four, AdamW, named).train(1)
     for parameters, optimizer in trained.both():
@@ -193,7 +193,7 @@ def test_a_group_is_added_by_name():
     trained.train(2)
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_a_group_takes_the_kernel_that_suits_it():
     """The fused kernel takes no complex parameters; the first group keeps it."""
     optimizer = ShardedOptimizer(four(), AdamW)
@@ -254,7 +254,7 @@ REFUSED = {
 every_refused = pytest.mark.parametrize("refused", REFUSED, ids=lambda way: way.__name__)
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @every_refused
 def test_a_refused_group_leaves_no_trace(refused):
     trained = pair(four).train(1)
@@ -269,7 +269,7 @@ def test_a_refused_group_leaves_no_trace(refused):
     trained.train(2)
 
 
-@on_ranks(2, 3)
+@on_ranks(2, 3, slow=[3])
 @every_refused
 def test_a_group_that_one_rank_refuses_is_added_nowhere(refused, rank):
     """Every rank raises; the parameters of the others stay where they are."""
@@ -284,7 +284,7 @@ def test_a_group_that_one_rank_refuses_is_added_nowhere(refused, rank):
     trained.train(2)
 
 
-@on_ranks(2, 3)
+@on_ranks(2, 3, slow=[3])
 @pytest.mark.parametrize("what", ["shape", "value", "lr", "number"])
 def test_a_group_that_differs_between_ranks_is_added_nowhere(what, rank):
     trained = pair(four).train(1)

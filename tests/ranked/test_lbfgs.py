@@ -15,6 +15,7 @@ from shardopt import Guards, ShardedOptimizer, evaluation
 from shardopt.algos import algorithm_for
 from shardopt.errors import AgreementError, GradientError, UnsupportedError
 from shardopt.guard import fingerprint
+from tests.each_rank import loss_of
 from tests.pairs import random_parameters
 from tests.ranked.test_waits import DeferredCollectives
 from tests.ranks import on_ranks
@@ -88,8 +89,9 @@ def test_a_network_on_unequal_parts_of_the_data(kind, line_search_fn, rank, worl
 @on_ranks(1, 2, 3)
 @pytest.mark.parametrize("line_search_fn", [None, "strong_wolfe"])
 def test_rosenbrock_to_its_end(line_search_fn, rank, world_size):
-    options = {"line_search_fn": line_search_fn, "lr": 1 if line_search_fn else 0.02}
-    running = search(Rosenbrock(), "sharded", rank, world_size, max_iter=50, **options)
+    options = {"lr": 1, "max_iter": 50} if line_search_fn else {"lr": 0.02, "max_iter": 20}
+    options["line_search_fn"] = line_search_fn
+    running = search(Rosenbrock(), "sharded", rank, world_size, **options)
     running.run(2, rtol=1e-5, atol=1e-6)
     if line_search_fn:
         for parameter in running.ours:
@@ -283,6 +285,32 @@ def test_a_closure_that_fails_on_one_rank_fails_on_all(kind, rank, world_size):
         if calls == 0:
             running.calls[:] = running.plain_calls
             running.run(1, **FP64)
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("kind", ["local", "sharded"])
+def test_a_closure_of_several_passes_that_fails_on_one_rank_fails_on_all(kind, rank):
+    """How many passes the others are in for is known from the step before."""
+    model, fails = make_model(), False
+    options = {"gradients": kind, "bucket_cap_mb": SMALL_BUCKETS, "max_iter": 2}
+    optimizer = ShardedOptimizer(model.parameters(), LBFGS, **options)
+
+    def closure():
+        if fails and rank == 1:
+            raise OverflowError("too hot")
+        optimizer.zero_grad()
+        losses = [loss_of(model, step, rank) for step in range(3)]
+        for loss in losses:
+            loss.backward()
+        return sum(loss.detach() for loss in losses)
+
+    optimizer.step(closure)
+    fails = True
+    with pytest.raises(OverflowError if rank == 1 else AgreementError, match="too hot"):
+        optimizer.step(closure)
+    fails = False
+    optimizer.step(closure)
+    optimizer.check_replicas()
 
 
 @on_ranks(2, 3)

@@ -1,16 +1,20 @@
 """A 2-D mesh: shards along one axis, replicas of them along the other."""
 
 import copy
+import time
 
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import SGD, AdamW
 
 from shardopt import Guards, ShardedOptimizer
+from shardopt.comm import choose_collectives
 from shardopt.comm.mesh import MeshCollectives
 from shardopt.errors import AgreementError, GradientError
 from tests.each_rank import KINDS, loss_of, mean_gradients
+from tests.pure.test_mesh_turns import RecordedCollectives
+from tests.ranked.test_traffic import Waits
 from tests.ranked.test_waits import DeferredCollectives
 from tests.ranks import on_ranks
 from tests.twins import SMALL_BUCKETS, assert_same, make_model
@@ -58,7 +62,7 @@ def assert_replicas_are_one(model):
         assert_same(row, rows[0])
 
 
-@on_ranks(2, 3, 4)
+@on_ranks(2, 3, 4, slow=[4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_on_one_axis_within_rounding(kind, rank, world_size):
     for shape in SHAPES[world_size]:
@@ -75,7 +79,7 @@ def test_as_on_one_axis_within_rounding(kind, rank, world_size):
         assert held < sum(len(s) for s in twin.state.values()) or shape[1] == 1
 
 
-@on_ranks(4)
+@on_ranks(4, slow=[4])
 def test_replicated_gradients_are_exact():
     """Every rank brings the same: there is nothing to round."""
     ours, theirs = make_model(), make_model()
@@ -85,7 +89,7 @@ def test_replicated_gradients_are_exact():
     assert_same([*ours.parameters()], [*theirs.parameters()])
 
 
-@on_ranks(4)
+@on_ranks(4, slow=[4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_state_is_put_together_in_every_replica_and_loaded_there(kind, rank, world_size):
     ours, theirs = make_model(), make_model()
@@ -104,7 +108,7 @@ def test_state_is_put_together_in_every_replica_and_loaded_there(kind, rank, wor
     assert_same([*ours.parameters()], [*theirs.parameters()])
 
 
-@on_ranks(4)
+@on_ranks(4, slow=[4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_clipping_counts_each_shard_once(kind, rank, world_size):
     ours, theirs = make_model(), make_model()
@@ -118,7 +122,7 @@ def test_clipping_counts_each_shard_once(kind, rank, world_size):
     assert_close(ours, theirs)
 
 
-@on_ranks(4)
+@on_ranks(4, slow=[4])
 def test_what_one_rank_does_is_named_in_every_replica(rank):
     model = make_model()
     optimizer = on_mesh(model, (2, 2), gradients="sharded", guards=Guards(nonfinite="raise"))
@@ -136,7 +140,7 @@ def test_what_one_rank_does_is_named_in_every_replica(rank):
         optimizer.step()
 
 
-@on_ranks(4)
+@on_ranks(4, slow=[4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_ranks_agree_by_sums_over_both_axes(kind, rank, monkeypatch):
     """Each shard counts once; what differs is named as on few ranks."""
@@ -162,8 +166,98 @@ def test_many_ranks_agree_by_sums_over_both_axes(kind, rank, monkeypatch):
         optimizer.step()
 
 
-@on_ranks(4)
+@on_ranks(4, slow=[4])
 def test_parameters_start_as_those_of_the_first_rank(rank):
     model, first = make_model(rank), make_model(0)
     on_mesh(model, (2, 2), late=True, gradients="local")
     assert_same([*model.parameters()], [*first.parameters()])
+
+
+def on_slow_rows(is_quick):
+    """A mesh of two by two: whether a rank sees its row's half end before it waits for it."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    column = Waits(mesh.get_group(0), quick=True)
+    row = Waits(mesh.get_group(1), quick=is_quick)
+    return MeshCollectives(row, column, column.aside("means")), row, column
+
+
+@on_ranks(4)
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_local_backward_waits_for_nothing(quick, rank):
+    """Although where there is room for another bucket takes two halves."""
+    collectives, row, _ = on_slow_rows(quick)
+    model = make_model()
+    options = {"gradients": "local", "bucket_cap_mb": 1e-6}
+    optimizer = ShardedOptimizer(model.parameters(), AdamW, collectives, **options)
+    assert len(optimizer._shard.layout.buckets) == 6
+    waits = []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _: waits.append(row.num_waits))
+    loss_of(model, 0, rank).backward()
+    assert waits == [0] * 6
+    assert (row.num_started, row.num_waits) == (6, 0 if quick else 4)
+    optimizer.step()
+
+
+@on_ranks(4)
+def test_a_mean_ends_by_itself(rank):
+    mesh, out = init_device_mesh("cpu", (2, 2)), torch.zeros(2)
+    mean = choose_collectives(mesh).reduce_scatter(torch.full((4,), float(rank)), [0, 2, 4], out)
+    for _ in range(1000):
+        if mean.is_done():
+            break
+        time.sleep(0.01)
+    assert_same(out, torch.full((2,), 1.5))
+    mean.wait()
+    assert_same(out, torch.full((2,), 1.5))
+
+
+@on_ranks(4)
+def test_meshes_with_rows_of_their_own_have_means_of_their_own():
+    """Only what starts in one line takes turns: also where another row has the same ranks."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    column, row = mesh.get_group(0), mesh.get_group(1)
+    rows = [torch.distributed.new_group(ranks) for ranks in mesh.mesh.tolist()]
+    twin = rows[torch.distributed.get_rank() // 2]
+    names = {"mesh_dim_names": ("replicate", "shard")}
+    other = DeviceMesh.from_group([column, twin], "cpu", mesh.mesh, **names)
+    ones, same, others = (choose_collectives(each) for each in (mesh, mesh, other))
+    assert other.get_group(1) is not row and other.get_group(0) is column
+    assert ones._means.channel is same._means.channel is not others._means.channel
+
+
+@on_ranks(4, slow=[4])
+def test_halves_take_turns_whoever_sees_them_end(rank, world_size):
+    """Optimizers over the same mesh, where one rank of each column sees no half end by itself."""
+    collectives, _, _ = on_slow_rows(rank < 2)
+    ours, theirs = make_model(), make_model()
+    options = {"gradients": "local", "bucket_cap_mb": 1e-6, "momentum": 0.9, "lr": 0.01}
+    halves = [[*ours.parameters()][half::2] for half in range(2)]
+    optimizers = [ShardedOptimizer(half, SGD, collectives, **options) for half in halves]
+    twin = SGD(theirs.parameters(), lr=0.01, momentum=0.9)
+    for step in range(3):
+        loss_of(ours, step, rank).backward()
+        if step == 1:  # while halves are under way
+            extra = torch.nn.Parameter(torch.full([7], float(rank)))
+            ShardedOptimizer([extra], SGD, collectives, gradients="local")
+            assert extra.eq(0).all()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    train_twin(theirs, twin, 0, 3, world_size)
+    assert_replicas_are_one(ours)
+    assert_close(ours, theirs)
+
+
+@on_ranks(2)
+def test_each_waits_on_its_own_stream_whoever_has_gone_on_with_it():
+    streams = ["first"]
+    row, column = RecordedCollectives(streams), RecordedCollectives(streams)
+    mesh = MeshCollectives(row, column)
+    first, second = (mesh.reduce_scatter(torch.zeros(4), [0, 4], torch.zeros(4)) for _ in range(2))
+    assert not column.started
+    second.wait()
+    assert len(column.started) == 4
+    streams.append("second")
+    first.wait()
+    assert column.started[1].waits == {"first", "second"}

@@ -122,9 +122,9 @@ def test_an_incomplete_state_on_one_rank_is_refused(rank):
 def test_options_that_differ_are_never_saved(rank):
     model = make_model()
     optimizer = sharded(model)
+    train(model, optimizer, 0, 1)
     if rank == 1:
         optimizer.param_groups[0]["lr"] = 7.0
-    train(model, optimizer, 0, 1)
     with pytest.raises(AgreementError, match=r"group 0, lr: rank 1 has 7\.0, rank 0 has 0\.1"):
         optimizer.consolidate_state_dict(to=0)
 

@@ -64,7 +64,7 @@ def step_all(ours, theirs, optimizers, steps):
             optimizer.step()
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize("gradients", ["replicated", "local", "sharded"])
 def test_equals_the_classes_side_by_side(gradients, world_size, rank):
     two = Two(gradients=gradients)
@@ -136,7 +136,7 @@ def test_every_class_has_the_kernel_that_suits_it():
     train(model, optimizer, first=0, last=2)
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_three_classes_and_state_at_construction():
     """Adagrad has state before any step; Adafactor shares its buckets with Muon."""
     shapes = (70, 33), (33, 40), (2500,), (40,), (60, 40)
@@ -200,7 +200,7 @@ def test_a_table_cut_by_rows_beside_matrices(gradients):
 # -- state -----------------------------------------------------------------------------------------
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize("one_rank_brings", [False, True])
 def test_state_is_loaded_into_the_same_classes(one_rank_brings, rank):
     two = Two().train(2)
@@ -231,7 +231,7 @@ def test_each_class_loads_what_is_taken_out():
     assert_same_parameters(two.ours, model)
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_state_of_the_classes_is_put_together():
     two = Two().train(2)
     adamw, muon = (two.plain[c].state_dict() for c in (AdamW, Muon))
@@ -265,7 +265,7 @@ def test_state_of_another_class_is_refused():
     optimizer.load_state_dict(saved)
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_distributed_checkpoint_gets_and_sets_the_state():
     two = Two().train(2)
     two.ours.zero_grad()
@@ -279,7 +279,7 @@ def test_distributed_checkpoint_gets_and_sets_the_state():
     two.assert_same().train(2)
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_a_copy_trains_on_like_the_original():
     two = Two().train(2)
     two.ours, two.optimizer = copy.deepcopy((two.ours, two.optimizer))
@@ -289,7 +289,7 @@ def test_a_copy_trains_on_like_the_original():
 # -- groups that come later ------------------------------------------------------------------------
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("main", [AdamW, Muon])
 def test_a_group_of_another_class_is_added_at_any_time(main, steps):
@@ -354,7 +354,7 @@ def test_the_errors_of_a_class_come_through():
         ShardedOptimizer([matrix], AdamW, lr=-1.0)
 
 
-@on_ranks(2, 3)
+@on_ranks(2, 3, slow=[3])
 def test_an_error_on_one_rank_is_raised_on_all(rank):
     shape = (5,) if rank == 1 else (5, 5)
     group = {"params": random_parameters(shape), "optimizer_class": Muon}
@@ -367,7 +367,7 @@ def test_an_error_on_one_rank_is_raised_on_all(rank):
         ShardedOptimizer([group], AdamW)
 
 
-@on_ranks(2, 3)
+@on_ranks(2, 3, slow=[3])
 @pytest.mark.parametrize("later", [False, True])
 def test_ranks_agree_on_the_class_of_a_group(rank, later):
     shapes = (5, 5), (40, 40)

@@ -46,7 +46,7 @@ def overlapped(model, kind="replicated"):
     return optimizer
 
 
-@on_ranks(2, 3)
+@on_ranks(2, 3, slow=[3])
 @pytest.mark.parametrize("kind", ["replicated", "local", "sharded"])
 @pytest.mark.parametrize("make", [make_model, recurrent], ids=lambda make: make.__name__)
 def test_training_is_the_same(make, kind):
@@ -138,6 +138,8 @@ def test_a_model_of_another_optimizer_is_refused():
     optimizer = ShardedOptimizer(make_model().parameters(), AdamW)
     with pytest.raises(ValueError, match="got a Sequential with none of them"):
         optimizer.overlap_forward(make_model())
+    with pytest.raises(ValueError, match="got a NoneType with none of them"):
+        optimizer.overlap_forward(None)
 
 
 @on_ranks(2)

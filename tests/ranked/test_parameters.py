@@ -52,7 +52,7 @@ def scalars_and_nothings():
 SHARED_OUT = [complex_ones, of_four_dtypes, channels_last, transposed, scalars_and_nothings]
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @every_rule
 @pytest.mark.parametrize("make", SHARED_OUT, ids=lambda make: make.__name__)
 def test_kinds_of_parameters(rule, make):
@@ -64,13 +64,13 @@ def test_kinds_of_parameters(rule, make):
         assert not torch.equal(parameter, old) or parameter.numel() == 0
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "fused AdamW"])
 def test_contiguous_gradients_of_channels_last_parameters(rule):
     pair(channels_last, **RULES[rule]).train(3, contiguous=True)
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize("optimizer_class", [AdamW, SGD, Adagrad], ids=lambda c: c.__name__)
 def test_the_fused_kernel_is_never_given_gradients_of_other_strides(optimizer_class):
     """On CPU it takes them in memory order without a look, and computes something else."""
@@ -86,7 +86,7 @@ def test_the_fused_kernel_is_never_given_gradients_of_other_strides(optimizer_cl
     trained.assert_same()
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_state_has_the_strides_of_its_parameter():
     trained = pair(channels_last, SGD, momentum=0.9).train(2)
     ours, theirs = trained.optimizer.state_dict(), trained.plain.state_dict()
@@ -95,7 +95,7 @@ def test_state_has_the_strides_of_its_parameter():
         assert strides == [parameter.stride()] * 2
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_parameters_with_gaps_train_as_their_dense_copies():
     def make(dense=True):
         base = random_parameters((60, 80))[0].detach()
@@ -109,7 +109,7 @@ def test_parameters_with_gaps_train_as_their_dense_copies():
     assert torch.equal(gapped.ours[0], trained.theirs[0])
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @every_rule
 @pytest.mark.parametrize("shapes", [[()], [(2,)], [(0,)], [(1,), (), (0, 2)]], ids=str)
 def test_more_ranks_than_elements(rule, shapes):
@@ -119,7 +119,7 @@ def test_more_ranks_than_elements(rule, shapes):
 # -- presence --------------------------------------------------------------------------------------
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @every_rule
 def test_frozen_parameters_stay_as_they_are(rule):
     def make():
@@ -135,7 +135,7 @@ def test_frozen_parameters_stay_as_they_are(rule):
     assert same == [True, False, True, False, True]
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @every_rule
 def test_unused_parameters_have_no_state(rule):
     trained = pair(four, **RULES[rule]).train(3, missing=[0, 1])
@@ -148,13 +148,13 @@ def test_unused_parameters_have_no_state(rule):
     ]
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @every_rule
 def test_no_gradients_at_all_change_nothing(rule):
     pair(four, **RULES[rule]).train(1).train(2, missing=range(4)).train(1)
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @every_rule
 def test_trainability_may_change_between_steps(rule):
     trained = pair(four, **RULES[rule])
@@ -184,7 +184,7 @@ class Tied(nn.Module):
         return self.output(self.hidden(self.embedding(tokens)).tanh())
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @every_rule
 def test_one_parameter_in_two_modules(rule):
     models = []
@@ -210,7 +210,7 @@ def duplicated(parameters):
     return [*parameters, parameters[0]]
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize("rule", ["AdamW", "SGD", "Adagrad", "whole AdamW"])
 def test_duplicates_in_a_group_are_warned_of_and_stepped_twice_as_by_torch(rule):
     with pytest.warns(UserWarning, match="a parameter group with duplicate parameters") as seen:

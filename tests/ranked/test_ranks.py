@@ -68,6 +68,12 @@ def good():
     dist.barrier()
 
 
+@on_ranks(2)
+def patches(monkeypatch):
+    assert not hasattr(dist, "left_behind")
+    monkeypatch.setattr(dist, "left_behind", True, raising=False)
+
+
 @on_ranks(2, timeout=LIMIT)
 def raises(rank):
     if rank == 1:
@@ -110,6 +116,11 @@ FAILURES = {  # body -> how its message begins, and what else it holds
 
 def run(body, pytestconfig):
     body(world=World(2), pytestconfig=pytestconfig)
+
+
+def test_what_a_body_patches_is_put_back(pytestconfig):
+    for _ in range(2):
+        run(patches, pytestconfig)
 
 
 @pytest.mark.parametrize("body", FAILURES, ids=lambda body: body.__name__)

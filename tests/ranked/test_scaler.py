@@ -51,7 +51,7 @@ def twin_step(model, optimizer, scaler, step, world_size, clip=None, spoil=False
     scaler.update()
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_equals_torchs_scaler_on_the_mean(kind, clip, rank, world_size):

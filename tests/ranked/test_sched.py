@@ -43,7 +43,7 @@ def test_plateau_decides_alike_from_different_metrics(rank, world_size, device):
     check_schedules(ours.scheduler)
 
 
-@on_ranks(2, 3)
+@on_ranks(2, 3, slow=[3])
 def test_torchs_own_plateau_comes_apart_and_is_named(rank):
     """What the class is for: with torch's, ranks that bring different metrics part ways."""
     run = start("ReduceLROnPlateau", "SGD", sharded=True)
@@ -54,7 +54,7 @@ def test_torchs_own_plateau_comes_apart_and_is_named(rank):
         check_schedules(run.scheduler)
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_plateau_counts_nan_of_one_rank_as_a_bad_epoch_on_all(rank, world_size):
     run = start(PLATEAU, "SGD", sharded=True)
     run.scheduler.step(1.0)
@@ -65,7 +65,7 @@ def test_plateau_counts_nan_of_one_rank_as_a_bad_epoch_on_all(rank, world_size):
     check_schedules(run.scheduler)
 
 
-@on_ranks(2, 3)
+@on_ranks(2, 3, slow=[3])
 def test_plateau_without_a_number_on_one_rank_raises_on_all(rank):
     run = start(PLATEAU, "SGD", sharded=True)
     expected = (TypeError, "float") if rank == 1 else (AgreementError, "rank 1 brought")
@@ -75,7 +75,7 @@ def test_plateau_without_a_number_on_one_rank_raises_on_all(rank):
     assert run.scheduler.last_epoch == 1
 
 
-@on_ranks(2, 3)
+@on_ranks(2, 3, slow=[3])
 def test_plateau_resumed_on_one_rank_only_is_named(rank):
     run = start(PLATEAU, "SGD", sharded=True)
     if rank == 0:
@@ -84,7 +84,7 @@ def test_plateau_resumed_on_one_rank_only_is_named(rank):
         run.scheduler.step(0.5)
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_plateau_prints_on_rank_0(rank):
     """``verbose`` everywhere, or on one rank only: the others are not disturbed by it."""
     out = io.StringIO()
@@ -103,7 +103,7 @@ def test_plateau_prints_on_rank_0(rank):
     check_schedules(run.scheduler)
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize("row", ROWS)
 def test_equal_schedules_pass(row):
     run = start(row, "SGD", sharded=True)
@@ -134,7 +134,7 @@ DIFFERENCES = {
 }
 
 
-@on_ranks(2, 3)
+@on_ranks(2, 3, slow=[3])
 @pytest.mark.parametrize("difference", DIFFERENCES)
 def test_a_difference_is_named_with_rank_and_both_values(difference, rank, world_size):
     act, fact, value, others = DIFFERENCES[difference]
@@ -146,7 +146,7 @@ def test_a_difference_is_named_with_rank_and_both_values(difference, rank, world
     assert f"{fact}: rank {world_size - 1} has {value}, rank 0 has {others}" in str(caught.value)
 
 
-@on_ranks(2, 3)
+@on_ranks(2, 3, slow=[3])
 def test_another_class_on_one_rank_is_named(rank, world_size):
     row = "ExponentialLR" if rank == world_size - 1 else "StepLR gamma"
     run = start(row, "SGD", sharded=True)
@@ -154,7 +154,7 @@ def test_another_class_on_one_rank_is_named(rank, world_size):
         check_schedules(run.scheduler)
 
 
-@on_ranks(2, 3)
+@on_ranks(2, 3, slow=[3])
 def test_a_difference_in_an_inner_scheduler_is_named(rank):
     run = start("SequentialLR two", "SGD", sharded=True)
     if rank == 1:
@@ -163,7 +163,7 @@ def test_a_difference_in_an_inner_scheduler_is_named(rank):
         check_schedules(run.scheduler)
 
 
-@on_ranks(2, 3)
+@on_ranks(2, 3, slow=[3])
 def test_a_scheduler_of_a_plain_optimizer_is_checked_through_a_sharded_one(rank):
     sharded = start("StepLR", "SGD", sharded=True).optimizer
     plain = start("StepLR", "SGD", sharded=False)

@@ -28,7 +28,7 @@ register(Lion, per_element=["exp_avg"])
 register(AdamWScheduleFree, per_element=["z", "exp_avg_sq"])
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize("options", [{}, {"lr": 0.02, "weight_decay": 0.1}], ids=str)
 def test_lion_is_cut_and_equals_the_class(options, rank, monkeypatch):
     """As every row of the bank."""
@@ -67,7 +67,7 @@ def saved(optimizer: Optimizer) -> dict:
     return copy.deepcopy(optimizer.state_dict())
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize("optimizer_class", [AdamWScheduleFree, Unknown])
 @pytest.mark.parametrize("foreach", [True, False])
 def test_schedule_free_is_the_class(optimizer_class, foreach):
@@ -93,7 +93,7 @@ def test_schedule_free_is_the_class(optimizer_class, foreach):
     assert not torch.equal(looks[0], looks[1])
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize("from_", [None, 0])
 @pytest.mark.parametrize("at", ["train", "eval"])
 def test_schedule_free_goes_on_from_a_file(at, from_, rank):
@@ -119,7 +119,7 @@ def test_schedule_free_goes_on_from_a_file(at, from_, rank):
         assert_same(saved(optimizer), saved(pairs[0][1]))
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_schedule_free_with_gradients_of_each_rank(kind, rank, world_size):
     """And with ``overlap_forward``: whoever looks after ``eval`` sees all of it."""
@@ -147,7 +147,7 @@ def scaling(parameters, optimizer_class: type[Optimizer] = Scaling) -> ShardedOp
     return ShardedOptimizer(parameters, optimizer_class)
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_only_what_the_class_has_is_there():
     """As accelerate and others ask: ``hasattr(optimizer, "train")``."""
     parameters = [Parameter(torch.ones(3, 3))]
@@ -168,7 +168,7 @@ def test_only_what_the_class_has_is_there():
     assert scaling(parameters, AdamW).optim.defaults["lr"] == 1e-3
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_a_method_changes_parameters_options_and_state():
     parameters = [Parameter(torch.ones(3, 3)), Parameter(torch.full((5,), 2.0))]
     optimizer = scaling(parameters)
@@ -181,7 +181,7 @@ def test_a_method_changes_parameters_options_and_state():
     assert optimizer.state_dict()["state"] == {0: {"factor": 0.5}, 1: {"factor": 0.5}}
 
 
-@on_ranks(2, 3)
+@on_ranks(2, 3, slow=[3])
 def test_a_copy_from_before_a_method_is_stale():
     optimizer = scaling([Parameter(torch.ones(3, 3))])
     optimizer.consolidate_state_dict(to=None)
@@ -191,7 +191,7 @@ def test_a_copy_from_before_a_method_is_stale():
         optimizer.state_dict()
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_a_graph_from_before_a_method_is_stale():
     parameter = Parameter(torch.ones(3, 3))
     optimizer = scaling([parameter])
@@ -201,7 +201,7 @@ def test_a_graph_from_before_a_method_is_stale():
         loss.backward()
 
 
-@on_ranks(2, 3)
+@on_ranks(2, 3, slow=[3])
 def test_ranks_that_call_different_methods_are_told(rank):
     optimizer = scaling([Parameter(torch.ones(3, 3))])
     with pytest.raises(AgreementError, match=r"the method called: .*'num_groups'.* alike"):
@@ -211,7 +211,7 @@ def test_ranks_that_call_different_methods_are_told(rank):
     assert optimizer.num_groups() == 1
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_what_a_method_raises_on_one_rank_is_raised_on_all(rank, world_size):
     optimizer = scaling([Parameter(torch.ones(3, 3))])
     last = world_size - 1
@@ -225,7 +225,7 @@ def test_what_a_method_raises_on_one_rank_is_raised_on_all(rank, world_size):
     assert optimizer.scale(1.0) is optimizer
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_methods_of_a_class_that_a_group_names():
     """The other groups stay as they are."""
     first, second = Parameter(torch.ones(3, 3)), Parameter(torch.ones(5))

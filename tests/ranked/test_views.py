@@ -77,7 +77,7 @@ def swap(model):
 CHANGES = [set_data, there_and_back_again, by_a_vector, load, in_place, swap]
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_new_values_are_trained_on(change, steps):
@@ -92,7 +92,7 @@ def test_new_values_are_trained_on(change, steps):
     assert_home(optimizer)
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize("optimizer_class", [AdamW, WholeAdamW], ids=lambda c: c.__name__)
 def test_one_parameter_that_left_is_taken_back(optimizer_class):
     ours, optimizer, theirs, plain = twins(optimizer_class)
@@ -105,7 +105,7 @@ def test_one_parameter_that_left_is_taken_back(optimizer_class):
     assert_same_parameters(ours, theirs)
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_a_view_of_other_shape_at_the_same_place_is_not_overlooked():
     """Its pointer is the same."""
     trained = pair(lambda: random_parameters((60, 60), (5,))).train(1)
@@ -122,7 +122,7 @@ def test_a_view_of_other_shape_at_the_same_place_is_not_overlooked():
         trained.optimizer.step()
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_another_memory_format_is_undone_with_a_warning():
     def image():
         torch.manual_seed(0)
@@ -147,7 +147,7 @@ def test_another_memory_format_is_undone_with_a_warning():
 # -- named -----------------------------------------------------------------------------------------
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize("steps", [0, 2])
 def test_another_dtype_is_named_and_can_be_undone(steps):
     ours, optimizer, theirs, plain = twins()
@@ -164,7 +164,7 @@ def test_another_dtype_is_named_and_can_be_undone(steps):
     assert_home(optimizer)
 
 
-@on_ranks(2, 3)
+@on_ranks(2, 3, slow=[3])
 def test_another_dtype_on_one_rank_is_named_on_every_rank_at_the_first_step(rank):
     ours, optimizer, _, _ = twins()
     if rank == 1:
@@ -175,7 +175,7 @@ def test_another_dtype_on_one_rank_is_named_on_every_rank_at_the_first_step(rank
     train(ours, optimizer, 0, 2)
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize("first", [0, 2])
 def test_a_layer_with_other_parameters_is_warned_of(first):
     """After ``load_state_dict(assign=True)``, of all layers or of some."""
@@ -202,7 +202,7 @@ def test_steps_without_gradients_are_not_warned_of_while_the_model_has_its_param
 # -- graphs and modules ----------------------------------------------------------------------------
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_a_graph_from_before_the_step_is_refused_by_autograd():
     """On every rank, whoever has updated the parameter; as in plain torch."""
     for model, optimizer in (twins()[:2], twins()[2:]):
@@ -216,7 +216,7 @@ def test_a_graph_from_before_the_step_is_refused_by_autograd():
         model(batch).sum().backward()
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_a_graph_over_parameters_that_did_not_change_stays_good():
     for parameters in (random_parameters((40, 60), (5,)), random_parameters((40, 60), (5,))):
         optimizer = ShardedOptimizer(parameters, AdamW)
@@ -227,7 +227,7 @@ def test_a_graph_over_parameters_that_did_not_change_stays_good():
         assert torch.equal(parameters[0].grad, 2 * parameters[0])
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 @pytest.mark.parametrize("wrapped_first", [True, False])
 @pytest.mark.parametrize("as_views", [True, False])
 def test_gradients_averaged_by_ddp(rank, world_size, wrapped_first, as_views):
@@ -252,7 +252,7 @@ def test_gradients_averaged_by_ddp(rank, world_size, wrapped_first, as_views):
     assert_home(optimizer)
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, slow=[3])
 def test_two_optimizers_share_a_model():
     ours, theirs = make_model(), make_model()
     both = []

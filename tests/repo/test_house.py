@@ -1,6 +1,7 @@
 """Rules about the text of the files."""
 
 import re
+import sys
 
 import pytest
 
@@ -68,3 +69,13 @@ def test_the_map_is_read_in_any_form(line):
         f"# shardopt\n\n## Where the files are\n\nIn order.\n\n{line}\n\n## Next\nother.py no\n"
     )
     assert file_map(readme) == ["shardopt/a.py"]
+
+
+def test_benchmarks_count_what_passes_through_every_collective():
+    """An abstract method more, and the benchmarks that count bytes do not start."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from common import Counted
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+    assert not Counted.__abstractmethods__

@@ -11,7 +11,7 @@ import pytest
 from tests.repo.source import PACKAGE, ROOT, imported_names, module_name, modules
 
 LEVELS = (
-    {"errors", "layout", "policies"},
+    {"errors", "layout", "policies", "launchers"},
     {"comm", "algos", "sched"},
     {"sparse", "buffers", "planner"},
     {
@@ -25,10 +25,11 @@ LEVELS = (
         "validation",
         "gradients",
     },
-    {"optimizer", "state", "inner"},
+    {"optimizer", "state", "inner", "checks"},
     {"checkpoint", "scaler"},
-    {"cli", "__main__", "integrations", "compat", "selftest"},
+    {"cli", "__main__", "integrations", "compat"},
     {"__init__"},
+    {"selftest"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 STRANGERS = LEVELS[1]  # rooms of one level that do not import one another

@@ -65,6 +65,7 @@ MESH = "test_mesh.py::test_as_on_one_axis_within_rounding"
 MESH_STATE = "test_mesh.py::test_state_is_put_together_in_every_replica_and_loaded_there"
 MESH_START = "test_mesh.py::test_parameters_start_as_those_of_the_first_rank"
 MESH_NAMES = "test_mesh.py::test_what_one_rank_does_is_named_in_every_replica"
+MESH_STREAMS = "test_mesh.py::test_each_waits_on_its_own_stream_whoever_has_gone_on_with_it"
 MESH_SUMS = "test_mesh.py::test_many_ranks_agree_by_sums_over_both_axes"
 RESUMED = "test_checkpoint_contents.py::test_a_run_goes_on_as_if_undisturbed"
 UNKEPT = "test_checkpoint_contents.py::test_what_cannot_be_kept_is_refused_by_its_place"
@@ -86,7 +87,13 @@ FIRST_RANK = "test_checkpoint_faults.py::test_every_part_of_the_first_rank_may_f
 FULL_DISK = "test_checkpoint_faults.py::test_a_file_that_cannot_grow"
 IN_FLIGHT = "test_checkpoint_async.py::test_its_error_is_raised_on_every_rank_at_the_next_call"
 ON_ITS_WAY = "test_checkpoint_async.py::test_a_load_is_not_overwritten_by_what_was_on_its_way"
+HOSTS = "test_bootstrap.py::test_the_group_that_is_there_counts"
+MPI = "test_mpi.py::test_the_collectives_and_some_of_the_bank"
 SUMS = "test_traffic.py::test_many_ranks_agree_by_one_sum_and_nothing_else"
+FLIPPED = "test_guards.py::test_a_flipped_bit_in_one_copy_is_found"
+COPIES_UNDER_WAY = "test_guards.py::test_copies_under_way_are_waited_for"
+TAKEN_OUT = "test_guards.py::test_a_parameter_that_cannot_be_taken_back_is_told_on_all"
+LATE = "test_guards.py::test_a_rank_that_comes_late_is_named"
 ON_FOUR_RANKS = (SUBGROUPS, MESH, MESH_STATE, MESH_START, MESH_NAMES, MESH_SUMS)
 
 # The beginning of a site's name -> the test; the longest that fits counts.
@@ -105,25 +112,35 @@ KILLERS = {
     "checkpoint/restoring.py::_agree_on_path::agree": OTHER_LOAD,
     "checkpoint/restoring.py::_agree_on_path::all_or_none": UNVERIFIED,
     "checkpoint/restoring.py::_agree_on_path::gather_texts": RESUMED,
-    "checkpoint/restoring.py::load::agree": OTHER_DISK,
+    "checkpoint/restoring.py::_load::agree": OTHER_DISK,
     "checkpoint/restoring.py::_put_back_on_failure::wait": ON_ITS_WAY,
-    "checkpoint/restoring.py::load::all_or_none": UNOPENED,
-    "checkpoint/restoring.py::load::all_or_none#2": UNREAD,
-    "checkpoint/restoring.py::load::all_or_none#3": UNLOADED,
-    "checkpoint/restoring.py::load::all_or_none#4": UNLOADED,
+    "checkpoint/restoring.py::_load::all_or_none": UNOPENED,
+    "checkpoint/restoring.py::_load::all_or_none#2": UNREAD,
+    "checkpoint/restoring.py::_load::all_or_none#3": UNLOADED,
+    "checkpoint/restoring.py::_load::all_or_none#4": UNLOADED,
     "checkpoint/saving.py": IN_FLIGHT,
+    "comm/bootstrap.py": HOSTS,
+    "checks.py::CheckedOptimizer._check_first_step::agree_on_gradients": OTHER_GRADIENT,
+    "checks.py::CheckedOptimizer._check_first_step::all_or_none": SPARSE,
+    "checks.py::CheckedOptimizer._compare_replicas": COPIES_UNDER_WAY,
+    "checks.py::CheckedOptimizer.agree": SCHEDULE,
+    "checks.py::CheckedOptimizer.check_replicas": TAKEN_OUT,
+    "comm/board.py": LATE,
     "comm/collectives.py": WAITS,
+    "comm/collectives.py::Reduced": GRADIENTS,
     "comm/collectives.py::gather_texts": TEXTS,
     "comm/mesh.py": MESH,
+    "comm/mesh.py::_MeanOfMeans.wait": MESH_STREAMS,
     "comm/mesh.py::MeshCollectives.all_gather_rows": MESH_NAMES,
     "comm/mesh.py::MeshCollectives.sum_rows": MESH_SUMS,
     "comm/mesh.py::MeshCollectives.broadcast": MESH_START,
     "comm/mesh.py::MeshCollectives.send": MESH_STATE,
     "comm/mesh.py::MeshCollectives.receive": MESH_STATE,
+    "comm/mpi.py": MPI,
     "comm/torch_group.py": WAITS,
     "comm/torch_group.py::TorchCollectives.all_to_all": GRADIENTS,
+    "comm/torch_group.py::TorchCollectives.reduce_scatter": GRADIENTS,
     "comm/torch_group.py::TorchCollectives.sum_rows": SUMS,
-    "comm/torch_group.py::_Reduced": GRADIENTS,
     "comm/torch_group.py::_know_equally_many_groups": SUBGROUPS,
     "comm/transfer.py": WAITS,
     "comm/transfer.py::receive_tensors": PACKED,
@@ -143,25 +160,24 @@ KILLERS = {
     "gradients/replicated.py::Replicated.settle::agree": OTHER_LR,
     "guard.py::agree::": OTHER_TARGET,
     "guard.py::all_or_none": MISFIT,
+    "guard.py::fail_everywhere": MISFIT,
+    "guard.py::agree_on_buckets": FLIPPED,
     "guard.py::agree_on_values": OTHER_VALUE,
     "guard.py::agree_on_gradients": OTHER_GRADIENT,
     "guard.py::_agree_on_tensors": OTHER_VALUE,
-    "inner.py::InnerMethods._call::wait": METHOD,
-    "inner.py::InnerMethods._call::gather_everything": METHOD,
-    "inner.py::InnerMethods._call::agree": OTHER_METHOD,
-    "inner.py::InnerMethods._call::all_or_none": FAILED_METHOD,
+    "inner.py::InnerMethods._call_together::wait": METHOD,
+    "inner.py::InnerMethods._call_together::gather_everything": METHOD,
+    "inner.py::InnerMethods._call_together::agree": OTHER_METHOD,
+    "inner.py::InnerMethods._call_together::all_or_none": FAILED_METHOD,
     "optimizer.py::ShardedOptimizer.__init__": REFUSED,
-    "optimizer.py::ShardedOptimizer.add_param_group": REFUSED_GROUP,
+    "optimizer.py::ShardedOptimizer._add_built_group": REFUSED_GROUP,
     "optimizer.py::ShardedOptimizer._build::agree": OTHER_FACT,
     "optimizer.py::ShardedOptimizer._build::all_or_none": PART,
     "optimizer.py::ShardedOptimizer._build::broadcast": GRADIENTS,
     "optimizer.py::ShardedOptimizer.__deepcopy__": LOOKS,
     "optimizer.py::ShardedOptimizer.wait": LOOKS,
     "optimizer.py::ShardedOptimizer._build::agree_on_values": OTHER_VALUE,
-    "optimizer.py::ShardedOptimizer._check_first_step::all_or_none": SPARSE,
-    "optimizer.py::ShardedOptimizer._check_first_step::agree_on_gradients": OTHER_GRADIENT,
-    "optimizer.py::ShardedOptimizer.agree": SCHEDULE,
-    "optimizer.py::ShardedOptimizer.step": TWO_STEPS,
+    "optimizer.py::ShardedOptimizer._step": TWO_STEPS,
     "optimizer.py::ShardedOptimizer._update": REFUSED_STEP,
     "optimizer.py::ShardedOptimizer._update::gather": WAITS,
     "rows.py": ROWS,

@@ -7,6 +7,8 @@ They have no checksums that reach parts of a tensor, so a flipped bit is not not
 from __future__ import annotations
 
 import io
+import mmap
+import os
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,7 +20,8 @@ from shardopt.checkpoint.boxes import Box, strides_of
 from shardopt.checkpoint.entries import RESTORE, Chunk, TensorEntry
 from shardopt.checkpoint.foreign.archive import Elements, find_elements
 from shardopt.checkpoint.foreign.arrange import arranged
-from shardopt.checkpoint.foreign.loose import LooseTensors, part_of
+from shardopt.checkpoint.foreign.loose import LooseTensors, copy, part_of
+from shardopt.checkpoint.foreign.mapped import MappedFile
 from shardopt.checkpoint.foreign.metadata import METADATA, DcpMetadata, Stored, read_metadata
 from shardopt.checkpoint.plain import TensorKey
 from shardopt.checkpoint.reader import Reader
@@ -55,8 +58,8 @@ def open_dcp(directory: Path) -> Source:
 def open_torch_file(path: Path) -> Source:
     """Open a file of ``torch.save``: a dict of state_dicts, or one state_dict.
 
-    The file is mapped into memory, so that ranks of one host share it; files that torch wrote
-    before 1.6 are read whole.
+    The file is mapped into memory, so that ranks of one host share it, and little of it is resident
+    at one time; files that torch wrote before 1.6 are read whole.
 
     Raises:
         CorruptError: it is no such file, or holds what would run code.
@@ -76,7 +79,7 @@ def open_torch_file(path: Path) -> Source:
             f"{path}: expected a dict, got {type(content).__name__}; save a state_dict, or a dict "
             "of them"
         )
-    reader = LooseTensors(str(path))
+    reader = LooseTensors(str(path), mapped=MappedFile(path))
     tree, step = arranged(reader.taken(content, ""), partial(_content, reader))
     return Source(path, tree, reader, step, {"format": "torch.save"})
 
@@ -96,6 +99,7 @@ class DcpReader(Reader):
         }
         super().__init__(directory, tensors, metadata.files)
         self._loose = LooseTensors(str(directory), tensors)
+        self._map: tuple[Chunk, torch.Tensor, MappedFile] | None = None  # the last one
         for key, stored in metadata.tensors.items():
             tensors[key].chunks = [
                 ArchivedChunk(
@@ -142,20 +146,40 @@ class DcpReader(Reader):
         """Close all files."""
         super().close()
         self._loose.close()
+        self._map = None
 
     def _read_reordered(self, key: str, entry: TensorEntry, box: Box, out: memoryview) -> None:
-        """Chunks in another memory order are read whole and copied by torch."""
+        """Chunks in another memory order are mapped, and copied by torch."""
         dtype = getattr(torch, entry.dtype)
         target = torch.frombuffer(out, dtype=torch.uint8).view(dtype).view(box.sizes)
         for chunk in entry.chunks:
             if (overlap := chunk.box.overlap(box)) is None:
                 continue
-            data = bytearray(chunk.box.numel * entry.itemsize)
-            self.fill_checked(key, chunk, 0, memoryview(data))
-            sizes = chunk.box.sizes
-            held = torch.frombuffer(data, dtype=torch.uint8).view(dtype)
-            held = held.as_strided(sizes, strides_of(sizes, chunk.order))
-            part_of(target, _within(overlap, box)).copy_(part_of(held, _within(overlap, chunk.box)))
+            source, mapped = self._view(key, chunk)
+            part = part_of(source, _within(overlap, chunk.box))
+            room = part_of(target, _within(overlap, box))
+            if dtype.is_complex:  # where torch wants 16 bytes aligned, which files are not
+                part, room = torch.view_as_real(part), torch.view_as_real(room)
+            copy(part, room, mapped)
+
+    def _view(self, key: str, chunk: Chunk) -> tuple[torch.Tensor, MappedFile]:
+        """A chunk, ``(*chunk.box.sizes,)``, in its file, mapped until another is asked for.
+
+        Who cuts the file while it is read ends this process (SIGBUS).
+        """
+        entry, sizes = self.tensors[key], chunk.box.sizes
+        skip = chunk.offset % mmap.ALLOCATIONGRANULARITY
+        nbytes, file = chunk.box.numel * entry.itemsize, self.descriptor(chunk.file)
+        if os.fstat(file).st_size < chunk.offset + nbytes:
+            raise self.cut_short(key, chunk, 0, nbytes)
+        if self._map is None or self._map[0] is not chunk:
+            where = {"offset": chunk.offset - skip, "access": mmap.ACCESS_COPY}
+            memory = mmap.mmap(file, skip + nbytes, **where)
+            dtype = getattr(torch, entry.dtype)
+            flat = torch.frombuffer(memory, dtype=dtype, count=chunk.box.numel, offset=skip)
+            view = flat.as_strided(sizes, strides_of(sizes, chunk.order))
+            self._map = chunk, view, MappedFile(self.directory / chunk.file)
+        return self._map[1:]
 
     def _find(self, key: str, dtype: str, sizes: tuple[int, ...], stored: Stored) -> Elements:
         def fill(start: int, out: memoryview) -> bool:
@@ -170,21 +194,19 @@ class ArchivedChunk(Chunk):
     """A chunk whose bytes are looked for when they are first asked for."""
 
     def __init__(self, box: Box, file: str, find: Callable[[], Elements]):
-        for name, value in {"box": box, "file": file, "crcs": None, "_find": find}.items():
-            object.__setattr__(self, name, value)  # as a frozen dataclass does
+        self.box, self.file, self.crcs, self._find = box, file, None, find
 
     @cached_property
     def _elements(self) -> Elements:
-        find: Callable[[], Elements] = vars(self)["_find"]
-        return find()
+        return self._find()
 
     @property
-    def offset(self) -> int:
+    def offset(self) -> int:  # type: ignore[override]
         """Of the first byte, in the file."""
         return self._elements.offset
 
     @property
-    def order(self) -> tuple[int, ...] | None:
+    def order(self) -> tuple[int, ...] | None:  # type: ignore[override]
         """Of dims in the bytes, if not the tensor's own."""
         return self._elements.order
 

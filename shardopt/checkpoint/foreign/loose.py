@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from shardopt.checkpoint.boxes import Box, dims_in
 from shardopt.checkpoint.entries import ITEMSIZE, TensorEntry
 from shardopt.checkpoint.foreign.archive import memory_order
+from shardopt.checkpoint.foreign.mapped import MappedFile, in_parts
 from shardopt.checkpoint.plain import TensorKey
 from shardopt.checkpoint.tensors import dtype_name
 from shardopt.errors import UnsupportedError
@@ -24,12 +25,18 @@ class LooseTensors:
     Args:
         where: the file they are from, for errors.
         tensors: key -> entry, to which they are added.
+        mapped: the file, if they are mapped.
     """
 
-    def __init__(self, where: str, tensors: dict[str, TensorEntry] | None = None):
+    def __init__(
+        self,
+        where: str,
+        tensors: dict[str, TensorEntry] | None = None,
+        mapped: MappedFile | None = None,
+    ):
         self._entries = {} if tensors is None else tensors
         self.tensors: Mapping[str, TensorEntry] = self._entries
-        self._where = where
+        self._where, self._mapped = where, mapped
         self._held: dict[str, Tensor] = {}
 
     def taken(self, value: Any, key: str) -> Any:
@@ -65,7 +72,7 @@ class LooseTensors:
         order = dims_in(entry.order, len(entry.shape))
         sizes = box.permuted(order).sizes
         target = torch.frombuffer(out, dtype=torch.uint8).view(tensor.dtype).view(sizes)
-        target.copy_(part_of(tensor, box).permute(list(order)))
+        copy(part_of(tensor, box).permute(list(order)), target, self._mapped)
 
     def close(self) -> None:
         """Let go of all tensors."""
@@ -90,6 +97,14 @@ class LooseTensors:
         self._entries[key] = TensorEntry(dtype, tuple(tensor.shape), order)
         self._held[key] = tensor
         return TensorKey(key)
+
+
+def copy(source: Tensor, target: Tensor, mapped: MappedFile | None) -> None:
+    """Copy what is mapped, if it is, little at a time."""
+    for part, room, num_bytes in in_parts(source, target):
+        room.copy_(part)
+        if mapped is not None:
+            mapped.was_read(part.data_ptr(), num_bytes)
 
 
 def part_of(tensor: Tensor, box: Box) -> Tensor:
