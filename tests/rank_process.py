@@ -57,6 +57,7 @@ class Report:
     verdict: str  # passed, skipped, raised, died, still busy
     headline: str = ""  # one line: the error, the signal, the reason
     details: str = ""  # the traceback, or the stack
+    num_groups: int = 0  # process groups that the rank holds
 
     @property
     def is_failure(self) -> bool:
@@ -70,14 +71,14 @@ def read_stack(folder: str, rank: int) -> str:
     return "\n".join(lines[: next(ours, None)])
 
 
-def serve(world: World, rank: int, folder: str, pipe: Connection) -> None:
+def serve(world: World, rank: int, folder: str, pipe: Connection, mutant: str | None) -> None:
     """Join ``world`` as ``rank``, then run what comes over ``pipe``, one report each."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is pytest's to handle
     threading.Thread(target=_follow_pytest, daemon=True).start()
     with _stack_file(folder, rank).open("w") as stacks:
         # Works even while C code holds the GIL.
         faulthandler.register(signal.SIGUSR1, stacks, all_threads=False)
-        pipe.send(_attempt(rank, lambda: _join(world, rank, folder)))
+        pipe.send(_attempt(rank, lambda: _join(world, rank, folder, mutant)))
         while True:
             task = pipe.recv_bytes()
             pipe.send(_attempt(rank, lambda task=task: _run(world, rank, *pickle.loads(task))))
@@ -93,7 +94,7 @@ def _follow_pytest() -> None:
     os._exit(1)
 
 
-def _join(world: World, rank: int, folder: str) -> None:
+def _join(world: World, rank: int, folder: str, mutant: str | None) -> None:
     torch.set_num_threads(1)
     _rewrite_asserts()
     if world.backend == "nccl":
@@ -102,7 +103,7 @@ def _join(world: World, rank: int, folder: str) -> None:
     dist.init_process_group(
         world.backend, store=store, rank=rank, world_size=world.size, timeout=COLLECTIVE_TIMEOUT
     )
-    if mutant := os.environ.get("SHARDOPT_MUTANT"):
+    if mutant:
         importlib.import_module("tests.mutants").apply(mutant)
 
 
@@ -140,7 +141,7 @@ def _attempt(rank: int, job: Callable[[], None]) -> Report:
     except BaseException as error:  # whatever it is, pytest's side must hear of it
         headline = "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
         return Report(rank, "raised", headline, _body_traceback(error))
-    return Report(rank, "passed")
+    return Report(rank, "passed", num_groups=len(dist.distributed_c10d._world.pg_map))
 
 
 def _body_traceback(error: BaseException) -> str:

@@ -1,7 +1,7 @@
 """Run the body of a test on several ranks: ``@on_ranks(1, 2, 3)``.
 
 The ranks of one world start once and serve every test that asks for it; only
-a failure costs new ones. They fork from a server that has imported torch
+a failure, or many process groups, cost new ones. They fork from a server that has imported torch
 already and meet through a file, so no port is ever taken::
 
     pytest (or one xdist worker)           ranks
@@ -36,6 +36,7 @@ TIMEOUT = float(os.environ.get("SHARDOPT_TEST_TIMEOUT", "60"))  # seconds for on
 START_TIMEOUT = 180.0  # seconds for the ranks of a new pool to import torch and meet
 GRACE = 1.0  # seconds for the other ranks to answer once one has failed
 MAX_POOLS = 6  # idle ranks cost memory
+MAX_GROUPS = 20  # of a rank: a thread of each gloo group wakes up 100 times a second
 
 GPU_WORLDS = (World(1, "nccl", "cuda"), World(2, "gloo", "cuda"))
 
@@ -108,7 +109,10 @@ def run_on_ranks(
     except BaseException:  # Ctrl-C too: the ranks are left in the middle of something
         pool.close()
         raise
-    _idle_pools[world] = pool
+    if max(report.num_groups for report in reports) > MAX_GROUPS:
+        pool.close()
+    else:
+        _idle_pools[world] = pool
     while len(_idle_pools) > MAX_POOLS:
         _idle_pools.pop(next(iter(_idle_pools))).close()
     for report in reports:
@@ -160,9 +164,9 @@ class RankPool:
 
     def _start(self, rank: int) -> None:
         ours, theirs = _CONTEXT.Pipe()
-        process = _CONTEXT.Process(
-            target=serve, args=(self.world, rank, self._folder.name, theirs), daemon=True
-        )
+        mutant = os.environ.get("SHARDOPT_MUTANT")
+        given = (self.world, rank, self._folder.name, theirs, mutant)
+        process = _CONTEXT.Process(target=serve, args=given, daemon=True)
         process.start()
         theirs.close()  # so that a dead rank reads as end of file here
         self._processes.append(process)

@@ -4,13 +4,10 @@ Each site (see ``tests/mutants.py``) becomes a call that does nothing, one at a 
 that is named for it here has to fail, on two ranks where it runs on two.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 
-from tests.mutants import ROOT, sites
+from tests.forked import run_pytest
+from tests.mutants import sites
 
 WAITS = "test_waits.py::test_everything_waits_for_what_it_uses"
 SUBGROUPS = "test_collectives.py::test_subgroups_whose_ranks_know_different_numbers_of_groups"
@@ -214,16 +211,17 @@ def test_every_site_has_a_line_and_every_line_a_site():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("site", sites())
-def test_a_mutant_dies(site):
+def test_a_mutant_dies(site, tmp_path):
     killer = KILLERS[fitting(site)[-1]]
-    environment = os.environ | {
-        "SHARDOPT_MUTANT": site,
-        "SHARDOPT_TEST_TIMEOUT": "10",
-        "OMP_NUM_THREADS": "1",
-    }
     ranks = "ranks4" if killer in ON_FOUR_RANKS else "ranks2"
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-    command += ["-k", ranks, f"tests/ranked/{killer}"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 1, f"{killer} did not fail:\n{run.stdout[-2000:]}{run.stderr}"
-    assert "1 failed" in run.stdout, run.stdout[-2000:]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-k", ranks]
+    code, output = run_pytest(
+        *options,
+        f"tests/ranked/{killer}",
+        folder=tmp_path,
+        SHARDOPT_MUTANT=site,
+        SHARDOPT_TEST_TIMEOUT="10",
+        OMP_NUM_THREADS="1",
+    )
+    assert code == 1, f"{killer} did not fail:\n{output[-2000:]}"
+    assert "1 failed" in output, output[-2000:]
