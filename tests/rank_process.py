@@ -5,6 +5,7 @@ of the pipe.
 """
 
 import faulthandler
+import gc
 import importlib
 import inspect
 import os
@@ -74,6 +75,7 @@ def read_stack(folder: str, rank: int) -> str:
 def serve(world: World, rank: int, folder: str, pipe: Connection, mutant: str | None) -> None:
     """Join ``world`` as ``rank``, then run what comes over ``pipe``, one report each."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is pytest's to handle
+    gc.freeze()  # collecting torch, and looking for DDP in it, took most of the time
     threading.Thread(target=_follow_pytest, daemon=True).start()
     with _stack_file(folder, rank).open("w") as stacks:
         # Works even while C code holds the GIL.
