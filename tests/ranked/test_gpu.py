@@ -1,16 +1,20 @@
-"""What only a GPU can show: no hidden synchronisation, several devices, where state lies.
+"""What a GPU shows: no hidden synchronisation, several devices, where state lies.
 
 The bodies that also run on a CPU carry ``also_on_gpu`` where they stand.
 """
+
+import contextlib
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardopt import ShardedOptimizer
 from shardopt.checkpoint import async_save, load, save
-from tests.each_rank import KINDS, batch, mean_gradients
+from shardopt.gradients import reducer
+from tests.each_rank import KINDS, batch, loss_of, mean_gradients
 from tests.ranks import on_ranks
 from tests.twins import SMALL_BUCKETS, assert_same, make_model
 
@@ -102,6 +106,32 @@ def test_reducing_clipping_and_stepping_add_no_host_synchronisation(kind, device
             optimizer.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+class ReadsNothing(TorchDispatchMode):
+    """Refuses the operators whose result depends on values, for which the host would wait."""
+
+    READS = ("_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in self.READS, func
+        return func(*args, **(kwargs or {}))
+
+
+@on_ranks(2, 3)
+@pytest.mark.parametrize("kind", KINDS)
+def test_reducing_clipping_and_stepping_read_no_value(kind, rank, monkeypatch):
+    """The same without a GPU, for which this takes the CPU."""
+    monkeypatch.setattr(reducer, "_is_host", lambda device: False)
+    model = make_model()
+    optimizer = ShardedOptimizer(
+        model.parameters(), AdamW, gradients=kind, bucket_cap_mb=SMALL_BUCKETS, fused=True
+    )
+    for step, mode in enumerate((contextlib.nullcontext(), ReadsNothing())):
+        with mode:
+            loss_of(model, step, rank).backward()
+            optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
 
 
 @on_ranks(2, device="cuda")
