@@ -9,5 +9,5 @@ HELPERS = tuple(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in sorted(Path(__file__).parent.rglob("*.py"))
     if not path.stem.startswith("test_")
-    and path.stem not in ("__init__", "conftest", "forked", "ranks", "rank_process")
+    and path.stem not in ("__init__", "conftest", "forks", "ranks", "rank_process")
 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -26,14 +25,12 @@ from torch.optim import AdamW
 
 from shardopt import Guards, ShardedOptimizer, checkpoint
 from tests.each_rank import loss_of
+from tests.forks import FORKS
 from tests.twins import make_model
 
 STEPS = 3
 DEADLINE = 2.0  # seconds
 PATIENCE = 60.0  # seconds for a job to come to its end
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "shardopt.checkpoint"])
 
 
 class Training:
@@ -175,9 +172,9 @@ class Job:
         port = free_port() if holder is not None else self._store.port
         self._pipes, self._processes = [], []
         for rank, action in enumerate(actions):
-            ours, theirs = _CONTEXT.Pipe(duplex=False)
+            ours, theirs = FORKS.Pipe(duplex=False)
             place = (rank, len(actions), port, rank == holder)
-            process = _CONTEXT.Process(
+            process = FORKS.Process(
                 target=_serve_over, args=(theirs, *place, kind, action, str(folder)), daemon=True
             )
             process.start()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
-import multiprocessing
 import os
 import random
 import signal
@@ -32,14 +31,12 @@ from shardopt import ShardedOptimizer
 from shardopt.checkpoint import async_save, latest, load, save
 from shardopt.checkpoint.steps import number_of, steps_in
 from shardopt.checkpoint.verify import verify
+from tests.forks import FORKS
 
 RANKS = 2
 KEEP = 2
 PATIENCE = 60.0  # seconds for a job to start, and for its survivors to notice
 WIDTH = 300  # of a model of 0.4 MB, with 1.1 MB of files
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "shardopt.checkpoint"])
 
 
 def model_at(step: int) -> nn.Module:
@@ -98,9 +95,9 @@ class Job:
         self.saved = 0  # the last step of which any rank has told
         self.raised: dict[int, str] = {}
         for rank in range(RANKS):
-            ours, theirs = _CONTEXT.Pipe(duplex=False)
+            ours, theirs = FORKS.Pipe(duplex=False)
             where = f"{self._folder.name}/rendezvous"
-            process = _CONTEXT.Process(
+            process = FORKS.Process(
                 target=serve, args=(rank, where, directory, in_flight, theirs), daemon=True
             )
             process.start()

@@ -38,17 +38,21 @@ def sites() -> list[str]:
     found = []
     sources = set(PACKAGE.rglob("*.py")) - set((PACKAGE / "selftest").glob("*.py"))  # tests
     for path in sorted(sources):
-        finder = _Sites(path)
-        finder.visit(ast.parse(path.read_text()))
-        found += finder.names
+        found += _sites_in(path)
     return found
 
 
 def apply(site: str) -> None:
     """Take ``site`` out of the package, which must not have been imported yet."""
     assert not any(name.split(".")[0] == "shardopt" for name in sys.modules), "too late"
-    assert site in sites(), site
+    assert site in _sites_in(ROOT / site.split("::")[0]), site
     sys.meta_path.insert(0, _Finder(site))
+
+
+def _sites_in(path: pathlib.Path) -> list[str]:
+    finder = _Sites(path)
+    finder.visit(ast.parse(path.read_text()))
+    return finder.names
 
 
 class _Sites(ast.NodeTransformer):

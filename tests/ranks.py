@@ -18,7 +18,6 @@ at module level, and pytest and the ranks import ``tests`` as the same package.
 import contextlib
 import functools
 import inspect
-import multiprocessing
 import os
 import pickle
 import signal
@@ -26,10 +25,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 
 import pytest
 import torch
 
+from tests.forks import FORKS
 from tests.rank_process import INJECTED, Report, World, read_stack, serve
 
 TIMEOUT = float(os.environ.get("SHARDOPT_TEST_TIMEOUT", "60"))  # seconds for one test
@@ -42,9 +43,6 @@ GPU_WORLDS = (World(1, "nccl", "cuda"), World(2, "gloo", "cuda"))
 
 # What gloo says when its peer has gone: the consequence of another rank's failure.
 CONSEQUENCES = ("Connection closed by peer", "Connection reset by peer")
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["pytest", "torch", "torch.distributed"])
 
 
 def on_ranks(
@@ -133,7 +131,7 @@ class RankPool:
         self.world = world
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self._pipes: list[Connection] = []
-        self._processes: list[multiprocessing.Process] = []
+        self._processes: list[BaseProcess] = []
         try:
             for rank in range(world.size):
                 self._start(rank)
@@ -163,10 +161,10 @@ class RankPool:
         self._folder.cleanup()
 
     def _start(self, rank: int) -> None:
-        ours, theirs = _CONTEXT.Pipe()
+        ours, theirs = FORKS.Pipe()
         mutant = os.environ.get("SHARDOPT_MUTANT")
         given = (self.world, rank, self._folder.name, theirs, mutant)
-        process = _CONTEXT.Process(target=serve, args=given, daemon=True)
+        process = FORKS.Process(target=serve, args=given, daemon=True)
         process.start()
         theirs.close()  # so that a dead rank reads as end of file here
         self._processes.append(process)

@@ -1,6 +1,5 @@
 """A step is complete or absent, whoever commits and gives up at the same moment."""
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -10,6 +9,7 @@ import pytest
 
 from shardopt.checkpoint.steps import NewStep, steps_in, write_synced
 from shardopt.errors import CheckpointError
+from tests.forks import FORKS
 
 FILES = [f"file-{number}" for number in range(8)]
 
@@ -138,12 +138,9 @@ def take_part(role, directory, barrier):
 
 
 def test_processes_that_commit_write_and_give_up_at_once(tmp_path):
-    context = multiprocessing.get_context("forkserver")
     roles = ["first", "gives up", "gives up", "writer"]
-    barrier = context.Barrier(len(roles))
-    processes = [
-        context.Process(target=take_part, args=(role, tmp_path, barrier)) for role in roles
-    ]
+    barrier = FORKS.Barrier(len(roles))
+    processes = [FORKS.Process(target=take_part, args=(role, tmp_path, barrier)) for role in roles]
     for process in processes:
         process.start()
     for process in processes:

@@ -6,7 +6,7 @@ that is named for it here has to fail, on two ranks where it runs on two.
 
 import pytest
 
-from tests.forked import run_pytest
+from tests.forks import run_pytest
 from tests.mutants import sites
 
 WAITS = "test_waits.py::test_everything_waits_for_what_it_uses"
