@@ -1,4 +1,4 @@
-"""Processes that fork from a server which has imported torch: a new interpreter takes seconds more."""
+"""Processes that fork from a server that has imported torch, which saves each of them seconds."""
 
 import gc
 import multiprocessing

@@ -82,4 +82,5 @@ def pytest_sessionfinish(exitstatus: int) -> None:
     if exitstatus == pytest.ExitCode.OK:
         passed = MPI.COMM_WORLD.gather(PASSED)
         if RANK == 0 and all(names == passed[0] for names in passed):
-            print(f"\n{SIZE} ranks have passed the same tests: {len(passed[0])}")
+            files = {name.split("::")[0] for name in PASSED}
+            print(f"\n{SIZE} ranks have passed the same {len(PASSED)} tests of {len(files)} files")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -56,11 +57,15 @@ def run_job(
 
 
 def run_tests(size: int, *arguments: str, mpi: Mpi = INSTALLED, timeout: float = 600) -> None:
-    """The bodies of ranked tests, chosen by arguments of pytest, on the ranks of ``mpirun``."""
+    """The bodies of ranked tests, chosen by arguments of pytest, on the ranks of ``mpirun``.
+
+    Each file that is named has one that passes.
+    """
     options = ("-x", "-q", "-p", "no:cacheprovider", "-p", "tests.mpi_ranks")
     run = run_job(size, "-m", "pytest", *options, *arguments, mpi=mpi, timeout=timeout)
-    passed = f"{size} ranks have passed the same tests"
-    assert run.returncode == 0 and passed in run.stdout, run.stdout[-6000:]
+    files = sum(argument.endswith(".py") for argument in arguments)
+    passed = rf"^{size} ranks have passed the same \d+ tests of {files} files$"
+    assert run.returncode == 0 and re.search(passed, run.stdout, re.M), run.stdout[-6000:]
 
 
 def write_line(line: str) -> None:

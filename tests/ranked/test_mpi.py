@@ -21,7 +21,7 @@ SMOKE = (
     "-m",
     "not slow",
     "-k",
-    "mpi_checks or (test_collectives and not group) or the_class[AdamW-] or its_twin[AdamW-",
+    "mpi_checks or (test_collectives and not group) or the_class[AdamW- or its_twin[AdamW-",
 )
 # What an optimizer does beside stepping: of the second, bodies use torch.distributed themselves.
 ALONE = (
@@ -32,7 +32,7 @@ ALONE = (
     "tests/ranked/test_scaler.py",
 )
 BESIDE = (
-    "tests/ranked/test_checkpoint.py",
+    "tests/ranked/test_checkpoint_contents.py",
     "tests/ranked/test_checkpoint_async.py",
     "tests/ranked/test_construction.py",
     "tests/ranked/test_guards.py",
@@ -58,13 +58,13 @@ def test_the_bank(size):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2], ids="ranks{}".format)
 def test_clipping_scaling_and_what_goes_wrong(size):
-    run_tests(size, *ALONE, "-m", "not slow")
+    run_tests(size, *ALONE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2], ids="ranks{}".format)
 def test_beside_torch_distributed(size):
-    run_tests(size, "--beside-gloo", *BESIDE, "-m", "not slow")
+    run_tests(size, "--beside-gloo", *BESIDE)
 
 
 @pytest.mark.slow
