@@ -17,8 +17,6 @@ from tests.ranked.test_gradients_models import complexes, from_points, in_order,
 from tests.ranks import on_ranks
 from tests.twins import SMALL_BUCKETS, assert_same_parameters, make_model
 
-pytestmark = pytest.mark.slow  # many rows; the bank of test_gradients.py is fast
-
 ORDERS = [1, 2.0, 3.5, "inf"]
 CLASSES = {"AdamW": AdamW, "whole parameters": Adafactor}
 clip_of_torch = torch.nn.utils.clip_grad_norm_

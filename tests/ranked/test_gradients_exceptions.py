@@ -15,8 +15,6 @@ from tests.ranked.test_gradients_refused import refuses
 from tests.ranks import on_ranks
 from tests.twins import assert_same, assert_same_parameters, make_model
 
-pytestmark = pytest.mark.slow  # many rows; the bank of test_gradients.py is fast
-
 
 class Boom(RuntimeError):
     pass

@@ -16,8 +16,6 @@ from tests.ranked.test_gradients import UNUSED, Twins, every_kind, gradients_of,
 from tests.ranks import on_ranks
 from tests.twins import assert_same, assert_same_parameters, make_model
 
-pytestmark = pytest.mark.slow  # many rows; the bank of test_gradients.py is fast
-
 
 def grads(model: nn.Module) -> list:
     return [parameter.grad for parameter in model.parameters()]

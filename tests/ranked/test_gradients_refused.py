@@ -251,16 +251,21 @@ def test_trained_on_some_ranks_only(kind, cap, rank, world_size):
 # -- under DistributedDataParallel -----------------------------------------------------------------
 
 
+class Wrapped(DistributedDataParallel):
+    pass
+
+
 @on_ranks(2)
 @every_kind
-def test_under_ddp_the_remedy_is_named(kind, rank, world_size):
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, Wrapped])
+def test_under_ddp_the_remedy_is_named(wrap, kind, rank, world_size):
     remedy = ("DistributedDataParallel", "replicated")
-    model = DistributedDataParallel(make_model())
+    model = wrap(make_model())
     with refuses(UnsupportedError, *remedy):
         ShardedOptimizer(model.parameters(), torch.optim.AdamW, gradients=kind)
     twins = Twins(kind, rank, world_size).build()
     before = copy.deepcopy(twins.ours.state_dict())
-    late = DistributedDataParallel(twins.ours)
+    late = wrap(twins.ours)
     with refuses(UnsupportedError, *remedy):
         late(random(8, 61, seed=0, rank=rank)).square().mean().backward()
         twins.optimizer.step()
