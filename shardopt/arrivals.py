@@ -7,6 +7,8 @@ waits for all of them; with it the next forward does, module by module:
 - whoever takes a parameter out of a module (``module.weight``, ``model.parameters()``,
   ``model.state_dict()``) waits for it, since modules of the model keep them in ``WaitingDict``;
 - the optimizer waits for all of them before its next step.
+
+On a GPU it is a stream that waits; another one that comes later waits for the first.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ class Arrivals:
     def __init__(self, shard: Shard):
         self._shard = shard
         self._under_way: dict[int, Handle] = {}
+        self._waits: dict[int, torch.cuda.Event] = {}  # by bucket: a stream has it, or waits for it
         self._models: list[ref[nn.Module]] = []
         self._has_failed = False
 
@@ -50,13 +53,19 @@ class Arrivals:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def wait_for(self, parameters: Iterable[Any]) -> None:
         """These parameters are there; others of their buckets come with them."""
-        if not self._under_way:
+        if not (self._under_way or self._waits):
             return
         for parameter in parameters:
             if isinstance(parameter, Tensor) and self._shard.holds(parameter):
                 number, _ = self._shard.layout.place(self._shard.index(parameter))
                 if number in self._under_way:
                     self._wait_for_bucket(number)
+                elif (event := self._waits.get(number)) is None:
+                    continue
+                elif event.query():
+                    del self._waits[number]
+                else:
+                    torch.cuda.current_stream(parameter.device).wait_event(event)
 
     def _wait_for_bucket(self, number: int) -> None:
         try:
@@ -65,6 +74,9 @@ class Arrivals:
         except Exception:
             self._has_failed = True
             raise
+        bucket = self._shard.buffers.buckets[number]
+        if bucket.is_cuda and self._models:
+            self._waits[number] = torch.cuda.current_stream(bucket.device).record_event()
 
     def __del__(self) -> None:
         if not self._has_failed:  # else the others do not come either, and the process is to end

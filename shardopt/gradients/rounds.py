@@ -25,6 +25,7 @@ from torch.utils.weak import TensorWeakRef
 
 from shardopt.gradients.backward import at_end_of_backward, backward_number, is_nested
 from shardopt.gradients.line import line_of
+from shardopt.gradients.producers import Producers
 from shardopt.gradients.reduced_shards import ReducedShards
 from shardopt.gradients.torch_clip import watch
 from shardopt.layout import Atom
@@ -62,7 +63,7 @@ class Rounds:
         self._trained: set[int] = set()  # numbers of buckets
         self._missing: list[int] = []  # by bucket: parameters that have not got their gradient
         self._arrived: set[int] = set()
-        self._streams: set[torch.cuda.Stream] = set()
+        self._producers = Producers()
         # Where .grad stays: what was sent and its version; what has got more since.
         self._sent: dict[int, tuple[TensorWeakRef, int]] = {}
         self._late: set[int] = set()
@@ -112,8 +113,7 @@ class Rounds:
         self._enter_backward()
         if self._next is None:
             self._open()
-        if parameter.is_cuda:
-            self._streams.add(torch.cuda.current_stream(parameter.device))
+        self._producers.note(index, parameter)
         number, _ = self._shard.layout.place(index)
         assert self._next is not None
         if index in self._shard.layout.by_rows:
@@ -211,9 +211,7 @@ class Rounds:
 
     def _launch(self, number: int, gradients: dict[int, Tensor]) -> None:
         """Reduce a bucket."""
-        for stream in self._streams:  # every producer of a gradient (DeepSpeed#8061)
-            torch.cuda.current_stream(stream.device).wait_stream(stream)
-        self._streams.clear()
+        self._producers.wait_for(gradients)
         with torch.no_grad():
             self.means.launch(number, gradients)
         if not self._keeps:

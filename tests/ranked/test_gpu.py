@@ -4,6 +4,7 @@ The bodies that also run on a CPU carry ``also_on_gpu`` where they stand.
 """
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -159,10 +160,12 @@ def test_each_ranks_own_gradients(kind, device, rank, world_size):
 
 @on_ranks(1, backend="nccl")
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_produced_on_several_streams(kind, device):
+@pytest.mark.parametrize("in_a_bucket", [1, 2, 4])
+def test_gradients_produced_on_several_streams(in_a_bucket, kind, device):
     """Each producer is waited for before a bucket is copied (DeepSpeed#8061)."""
     ours, theirs = ([nn.Parameter(torch.ones(2048, device=device)) for _ in range(4)] for _ in "12")
-    optimizer = ShardedOptimizer(ours, SGD, gradients=kind, kernel="torch", lr=0.1)
+    options = {"bucket_cap_mb": in_a_bucket * 8192 / 2**20}
+    optimizer = ShardedOptimizer(ours, SGD, gradients=kind, kernel="torch", lr=0.1, **options)
     streams = [torch.cuda.Stream() for _ in ours]
     for _ in range(3):
         losses = []
@@ -181,6 +184,30 @@ def test_gradients_produced_on_several_streams(kind, device):
         torch.stack([parameter.square().sum() for parameter in theirs]).sum().backward()
         twin.step()
     assert_same([p.detach() for p in ours], [p.detach() for p in theirs])
+
+
+@on_ranks(2, device="cuda")
+def test_every_stream_waits_for_parameters_that_are_on_their_way(device):
+    """Of two layers in one bucket, each runs on a stream of its own."""
+    model = nn.ModuleList(nn.Linear(2048, 2048) for _ in range(2)).to(device)
+    plain = copy.deepcopy(model)
+    optimizer = ShardedOptimizer(model.parameters(), SGD, gradients="local", kernel="torch", lr=0.1)
+    optimizer.overlap_forward(model)
+    twin = SGD(plain.parameters(), lr=0.1)
+    inputs = torch.ones(4, 2048, device=device)
+    streams = [torch.cuda.Stream() for _ in model]
+    for _ in range(3):
+        for optimizer_of, layers in ((optimizer, model), (twin, plain)):
+            optimizer_of.zero_grad()
+            sum(layer(inputs).square().mean() for layer in layers).backward()
+            optimizer_of.step()
+        outputs = []
+        for stream, layer in zip(streams, model, strict=True):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream), torch.no_grad():
+                outputs.append(layer(inputs))
+        torch.cuda.synchronize()
+        assert_same(outputs, [layer(inputs) for layer in plain])
 
 
 @on_ranks(1, 2, device="cuda")
