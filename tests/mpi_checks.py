@@ -198,7 +198,6 @@ def test_what_is_no_communicator_of_these_ranks_is_refused(rank):
         MpiCollectives("MPI.COMM_WORLD")
 
 
-@pytest.mark.slow
 @on_ranks(2)
 def test_more_bytes_than_an_int_counts(rank):
     data = torch.full(((1 << 31) + 64,), rank, dtype=torch.uint8)

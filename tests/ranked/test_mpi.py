@@ -18,10 +18,9 @@ SMOKE = (
     "tests/ranked/test_collectives.py",
     "tests/ranked/test_bank.py",
     "tests/ranked/test_gradients.py",
-    "-m",
-    "not slow",
     "-k",
-    "mpi_checks or (test_collectives and not group) or the_class[AdamW- or its_twin[AdamW-",
+    "(mpi_checks and not more_bytes) or (test_collectives and not group)"
+    " or the_class[AdamW- or its_twin[AdamW-",
 )
 # What an optimizer does beside stepping: of the second, bodies use torch.distributed themselves.
 ALONE = (
@@ -69,7 +68,7 @@ def test_beside_torch_distributed(size):
 
 @pytest.mark.slow
 def test_more_bytes_than_an_int_counts():
-    run_tests(2, "tests/mpi_checks.py", "-m", "slow")
+    run_tests(2, "tests/mpi_checks.py", "-k", "more_bytes")
 
 
 @pytest.mark.gpu
