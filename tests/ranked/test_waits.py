@@ -15,6 +15,7 @@ from shardopt import Guards, ShardedOptimizer
 from shardopt.comm.torch_group import TorchCollectives
 from shardopt.errors import AgreementError
 from shardopt.gradients import reducer
+from shardopt.gradients.producers import Producers
 from tests.each_rank import KINDS, loss_of, mean_gradients
 from tests.ranks import on_ranks
 from tests.third_party import Scaling
@@ -137,6 +138,23 @@ def test_gradients_wait_for_what_they_use(kind, on_host, rank, world_size, monke
             torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0)
         twin.step()
         assert_same_parameters(ours, theirs)
+
+
+@on_ranks(2, 3, slow=[3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bucket_waits_for_the_producers_of_its_gradients(kind, rank, monkeypatch):
+    """They are streams of a GPU; here is noted who would wait for which."""
+    produced, awaited = [], []
+    monkeypatch.setattr(Producers, "note", lambda _, index, parameter: produced.append(index))
+    monkeypatch.setattr(Producers, "wait_for", lambda _, gradients: awaited.extend(gradients))
+    model = make_model()
+    optimizer = ShardedOptimizer(
+        model.parameters(), AdamW, gradients=kind, bucket_cap_mb=SMALL_BUCKETS
+    )
+    loss_of(model, 0, rank).backward()
+    optimizer.step()
+    everyone = list(range(len([*model.parameters()])))
+    assert sorted(produced) == sorted(awaited) == everyone
 
 
 @on_ranks(2, 3, slow=[3])

@@ -48,6 +48,7 @@ LAST_MOVE = "test_lbfgs.py::test_a_network_on_unequal_parts_of_the_data"
 LOSS = "test_lbfgs.py::test_the_loss_is_averaged_and_keeps_its_type"
 
 GRADIENTS = "test_waits.py::test_gradients_wait_for_what_they_use"
+PRODUCERS = "test_waits.py::test_a_bucket_waits_for_the_producers_of_its_gradients"
 OTHER_LR = "test_waits.py::test_another_lr_on_one_rank_is_named_before_the_step"
 ROWS = "test_waits.py::test_rows_of_tables_wait_for_what_they_use"
 FORGOTTEN = "test_waits.py::test_what_is_forgotten_has_arrived_before"
@@ -153,6 +154,7 @@ KILLERS = {
     "gradients/": GRADIENTS,
     "gradients/reduced_shards.py::ReducedShards.clear": FORGOTTEN,
     "gradients/reducer.py::Reducer._refuse_uneven": OTHER_LR,
+    "gradients/rounds.py::Rounds._launch": PRODUCERS,
     "gradients/report.py::_add_up": SUMS,
     "gradients/replicated.py::Replicated.settle::agree": OTHER_LR,
     "guard.py::agree::": OTHER_TARGET,
@@ -220,7 +222,7 @@ def test_a_mutant_dies(site, tmp_path):
         f"tests/ranked/{killer}",
         folder=tmp_path,
         SHARDOPT_MUTANT=site,
-        SHARDOPT_TEST_TIMEOUT="10",
+        SHARDOPT_TEST_TIMEOUT="6",
         OMP_NUM_THREADS="1",
     )
     assert code == 1, f"{killer} did not fail:\n{output[-2000:]}"
