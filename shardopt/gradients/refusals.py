@@ -69,7 +69,7 @@ _OUR_REFERENCES = next(sys.getrefcount(item) for item in [object()]) + 1
 def refuse_ddp(groups: Sequence[Group]) -> None:
     """Refuse parameters of a model under DistributedDataParallel, which would reduce them too."""
     classes = _with_subclasses(torch.nn.parallel.DistributedDataParallel)
-    things = gc.get_objects()  # some 200,000: a loop in Python takes ten times as long
+    things = gc.get_objects()  # some 200,000, which a loop in Python takes long to go through
     if classes.isdisjoint(map(type, things)):
         return
     ours = {id(parameter) for group in groups for parameter in group["params"]}

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tests.rank_process import World
-from tests.ranks import on_ranks
+from tests.ranks import MAX_GROUPS, on_ranks
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 10.0  # seconds
@@ -106,6 +106,14 @@ def skips():
     pytest.skip("not today")
 
 
+@on_ranks(2)
+def makes_groups():
+    """Other ranks than those of the test before, which are full."""
+    assert len(dist.distributed_c10d._world.pg_map) <= MAX_GROUPS
+    for _ in range(MAX_GROUPS):
+        dist.new_group([0, 1])
+
+
 FAILURES = {  # body -> how its message begins, and what else it holds
     raises: ("rank 1 of 2 raised", "assert 1 == 0"),
     exits: ("rank 1 of 2 died", "exit code 3"),
@@ -121,6 +129,11 @@ def run(body, pytestconfig):
 def test_what_a_body_patches_is_put_back(pytestconfig):
     for _ in range(2):
         run(patches, pytestconfig)
+
+
+def test_ranks_with_many_groups_end(pytestconfig):
+    for _ in range(2):
+        run(makes_groups, pytestconfig)
 
 
 @pytest.mark.parametrize("body", FAILURES, ids=lambda body: body.__name__)
