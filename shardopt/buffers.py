@@ -6,7 +6,6 @@ DLPack, so that saving one layer writes that layer and not the bucket.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from functools import reduce
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shardopt.comm import Collectives
-from shardopt.errors import ParameterError
+from shardopt.errors import ParameterError, warn
 from shardopt.layout import Bucket, Layout, Segment, Slot
 from shardopt.sparse import elements_of, rows_of
 
@@ -143,11 +142,10 @@ class ParameterBuffers:
                 continue
             if _whereabouts(self._aliases[index]) != self._homes[index]:  # share_memory() did it
                 self._aliases[index] = self._alias(index)
-                warnings.warn(
+                warn(
                     f"the memory of parameter {names[index]!r} is no longer shared with other "
                     "processes: ShardedOptimizer has taken it back into its bucket; share the "
                     "model before constructing ShardedOptimizer",
-                    stacklevel=4,
                 )
             alias = self._aliases[index]
             now = (tuple(parameter.shape), parameter.dtype, parameter.device)
@@ -159,11 +157,10 @@ class ParameterBuffers:
                     "before constructing ShardedOptimizer, or construct it anew and load the state"
                 )
             if not _same_order(parameter, alias.stride()):
-                warnings.warn(
+                warn(
                     f"parameter {names[index]!r} has strides {parameter.stride()} now and goes "
                     f"back to {alias.stride()}, as when ShardedOptimizer was constructed; change "
                     "the memory format of the model before",
-                    stacklevel=4,
                 )
             self._move_in(index)
 

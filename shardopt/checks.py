@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from shardopt import validation
 from shardopt.arrivals import Arrivals
 from shardopt.comm import Collectives
-from shardopt.gradients import Gradients, refuse_ddp, refuse_gradients
+from shardopt.gradients import Gradients, refuse_abandoned, refuse_ddp, refuse_gradients
 from shardopt.guard import agree, agree_on_buckets, agree_on_gradients, all_or_none, attempt
 from shardopt.policies import Guards
 from shardopt.shard import Shard
@@ -86,7 +86,10 @@ class CheckedOptimizer(Optimizer):
         self._snapshot.drop()
         shard.check_groups(self.param_groups)
         shard.buffers.take_back(shard.names)
-        refuse_gradients(shard, made_dense=self._gradients.reduces)
+        gradients = self._gradients
+        refuse_gradients(shard, made_dense=gradients.reduces)
+        may_miss = not gradients.reduces or self.guards.find_unused_parameters
+        refuse_abandoned(shard, gradients.reduced(), warns=may_miss)
 
     def _check_first_step(self) -> None:
         """Also compare gradients: the first chance to see that nobody reduces them."""

@@ -16,8 +16,23 @@
 
 Bad arguments of the optimizer class itself raise what the class raises (``ValueError``,
 ``TypeError``, ``RuntimeError``). Every message says what was expected, what was got, and what to
-do about it.
+do about it. So does every warning, at the line of the user's that led to it.
 """
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+_OURS = ("shardopt", "torch", "contextlib")  # packages whose lines say nothing to a user
+
+
+def warn(text: str) -> None:
+    """Warn at the innermost line that is neither ours nor torch's."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)
 
 
 class ShardoptError(Exception):

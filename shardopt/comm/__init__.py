@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from shardopt.comm.collectives import DEFAULT_TIMEOUT, Collectives
 from shardopt.comm.mesh import MeshCollectives
 from shardopt.comm.solo import SoloCollectives
+from shardopt.errors import warn
 from shardopt.launchers import launched
 
 __all__ = ["Collectives", "SoloCollectives", "choose_collectives"]
@@ -75,10 +75,9 @@ def _warn_of_others() -> None:
     except ValueError:  # bootstrap raises it, and nobody has called that
         return
     if told.world_size > 1:
-        warnings.warn(
+        warn(
             f"expected a process group, as this is {told}, got none: each rank works alone; call "
             "shardopt.comm.bootstrap.bootstrap() first, or pass process_group=MPI.COMM_WORLD",
-            stacklevel=4,
         )
 
 

@@ -14,7 +14,7 @@
 from shardopt.gradients.base import Facts, Gradients
 from shardopt.gradients.methods import GradientMethods
 from shardopt.gradients.reducer import Reducer
-from shardopt.gradients.refusals import refuse_ddp, refuse_gradients
+from shardopt.gradients.refusals import refuse_abandoned, refuse_ddp, refuse_gradients
 from shardopt.gradients.replicated import Replicated
 from shardopt.gradients.report import Verdict
 from shardopt.policies import Guards
@@ -25,6 +25,7 @@ __all__ = [
     "Gradients",
     "Verdict",
     "gradients_of",
+    "refuse_abandoned",
     "refuse_ddp",
     "refuse_gradients",
 ]

@@ -75,6 +75,10 @@ class Gradients(ABC):
         """Multiply gradients by ``inverse``; ``found`` becomes 1 if one here is not finite."""
         raise AssertionError("GradScaler of torch does it where gradients are replicated")
 
+    def reduced(self) -> set[int]:
+        """Indices of parameters with a gradient of this rank that has been reduced."""
+        return set()
+
     @property
     def num_rounds(self) -> int:
         """How many backward passes have been reduced here."""

@@ -12,6 +12,11 @@ from torch import Tensor
 _ROW = 1024
 
 
+def is_host(device: torch.device) -> bool:
+    """Whether a number can be read without waiting for an accelerator."""
+    return device.type == "cpu"
+
+
 def a_number(argument: str, value: Any) -> float:
     """The value as a float; ``TypeError`` for what is none, such as a model's parameters."""
     try:

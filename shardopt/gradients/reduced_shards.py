@@ -3,7 +3,8 @@
 [Note: In flight] A bucket's gradients are copied into a staging buffer that nobody writes until
 its reduction has ended, so that ``.grad`` is free the moment it is copied. A staging buffer (and,
 where the backend needs one, room for what comes from the others) exists for each reduction under
-way, so of these there are at most ``MAX_IN_FLIGHT``: a further one waits for the first.
+way, so of these there are at most ``MAX_IN_FLIGHT``: a further one waits for the first (but see
+``has_limit``).
 Memory is the reason: with ``"sharded"`` the hook waits, since a gradient that has not been copied
 cannot be freed. With ``"local"`` no hook waits, see [Note: Line].
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from shardopt.comm.collectives import Reduction
 from shardopt.errors import UnsupportedError
-from shardopt.gradients.norms import all_finite
+from shardopt.gradients.norms import all_finite, first_nonfinite
 from shardopt.layout import Atom, Bucket
 from shardopt.shard import Shard
 
@@ -42,7 +43,13 @@ class ReducedShards:
         shard: whose buckets.
         adds: whether a second reduction adds to the first, or takes its place.
         looks: whether to look for what is not finite (on a CPU, where looking does not wait).
+
+    Attributes:
+        has_limit: whether a reduction waits for room; otherwise it waits for none but the one
+            before of the same bucket, and takes what memory it needs.
     """
+
+    has_limit = True
 
     def __init__(self, shard: Shard, *, adds: bool, looks: bool):
         self._shard = shard
@@ -95,6 +102,13 @@ class ReducedShards:
         """
         return self._nonfinite[min(self._nonfinite)] if self._nonfinite else None
 
+    def find_nonfinite(self, device: torch.device) -> int:
+        """The index of a parameter whose mean is not finite, -1 for none. Waits for the device."""
+        segments = {index: self.of(index) for index in self._shard.segments}
+        held = {index: tensor for index, tensor in segments.items() if tensor is not None}
+        number = int(first_nonfinite(list(held.values()), device))
+        return [*held][number - 1] if number else -1
+
     def launch(self, number: int, gradients: Mapping[int, Tensor]) -> None:
         """Copy ``gradients`` (parameter index -> tensor) and start to reduce a bucket."""
         while self._is_full(number):
@@ -122,7 +136,8 @@ class ReducedShards:
 
     def _is_full(self, number: int) -> bool:
         flights = self._flights
-        return len(flights) >= MAX_IN_FLIGHT or any(f.number == number for f in flights)
+        full = self.has_limit and len(flights) >= MAX_IN_FLIGHT
+        return full or any(flight.number == number for flight in flights)
 
     def wait(self) -> None:
         """All reductions have ended."""

@@ -13,17 +13,19 @@ from torch import Tensor
 from shardopt.errors import GradientError
 from shardopt.gradients import norms
 from shardopt.gradients.base import Facts, Gradients
+from shardopt.gradients.refusals import refuse_abandoned, refuse_ddp
 from shardopt.gradients.report import (
     Report,
     Verdict,
+    all_powers,
     exchange,
-    from_bits,
     judge,
     refuse_lost,
     to_bits,
 )
 from shardopt.gradients.rounds import Rounds
 from shardopt.gradients.row_means import RowMeans
+from shardopt.gradients.torch_calls import watch
 from shardopt.guard import agree, digest, fail_everywhere
 from shardopt.policies import Guards
 from shardopt.shard import Shard
@@ -47,9 +49,12 @@ class Reducer(Gradients):
     def __init__(self, shard: Shard, guards: Guards, facts: Facts, *, keeps: bool):
         super().__init__(shard, guards, facts)
         looks = guards.nonfinite != "ignore"
+        self._keeps = keeps
+        self._knows_ddp = False
         self._rounds = Rounds(shard, keeps=keeps, looks=looks)
         self._rows = RowMeans(shard, adds=not keeps, looks=looks)
         self._settled: tuple[float | None, int, Verdict] | None = None
+        watch(self)
 
     def extend(self) -> None:
         """See the base class."""
@@ -80,18 +85,25 @@ class Reducer(Gradients):
                 raise problem
             return known
         self._rounds.abandon(retries=False)
-        reports, powers = self._exchange(norm_type, said, failed=problem is not None)
+        early = not self._rounds.means.has_limit  # the others may be elsewhere
+        reports, powers = self._exchange(norm_type, said, failed=problem is not None, early=early)
         self._refuse_uneven(reports, norm_type, said)
         if any(report.failed for report in reports):
             fail_everywhere(self.shard.collectives, problem)
         everything = False  # the first round may end one that is half-way on some ranks
-        while any(report.more or report.rows for report in reports):
+        while any(report.early or report.more or report.rows for report in reports):
             if any(report.more for report in reports):
+                self._refuse_late_ddp()
                 self._rounds.close(everything=everything)
                 everything = True
             if any(report.rows for report in reports):
+                self._rounds.sends(self.shard.layout.by_rows)
                 self._rows.exchange()
             reports, powers = self._exchange(norm_type, said)
+        self._refuse_spoilt(reports)
+        self._rounds.agreed()
+        if not self.guards.find_unused_parameters and any(report.missing for report in reports):
+            refuse_abandoned(self.shard, self.reduced(), warns=False)
         self._rounds.follow_training()
         verdict = judge(reports, powers, self.shard.names, self.guards)
         self._rounds.means.wait()
@@ -131,6 +143,14 @@ class Reducer(Gradients):
         self._rounds.forget()
         self._rows.clear()
 
+    def reduced(self) -> set[int]:
+        """See the base class."""
+        return self._rounds.present | self._rows.present
+
+    def freed(self) -> set[int]:
+        """Those of them whose gradient is nowhere else."""
+        return set() if self._keeps else self.reduced()
+
     def consume(self) -> None:
         """See the base class."""
         self._rounds.forget()
@@ -153,7 +173,7 @@ class Reducer(Gradients):
         factor = norms.clip_factor(total, max_norm)
         for tensor in self._means():
             tensor.mul_(factor.to(tensor.device, non_blocking=True))
-        self._forget_norm()
+        self._have_scaled()
         double = any(parameter.dtype is torch.float64 for parameter in self.shard.parameters)
         return total if double else total.float()
 
@@ -162,7 +182,7 @@ class Reducer(Gradients):
         self.settle(clip_value=clip_value)
         for tensor in self._means():
             tensor.clamp_(-clip_value, clip_value)
-        self._forget_norm()
+        self._have_scaled()
 
     def unscale(self, inverse: Tensor, found: Tensor) -> None:
         """See the base class."""
@@ -173,10 +193,11 @@ class Reducer(Gradients):
                 [tensor], here := found.to(device), inverse.to(device)
             )
             found.copy_(torch.maximum(found, here.to(found.device)))
-        self._forget_norm()
+        self._have_scaled()
 
-    def _forget_norm(self) -> None:
-        """Gradients have been scaled: what ranks agreed on holds, but for the norm."""
+    def _have_scaled(self) -> None:
+        """The means have been scaled: what ranks agreed on holds, but for the norm."""
+        self._rounds.scaled()
         if self._settled is not None:
             self._settled = None, *self._settled[1:]
 
@@ -187,23 +208,30 @@ class Reducer(Gradients):
     # -- what ranks tell one another -----------------------------------------------------------
 
     def _exchange(
-        self, norm_type: float | None, said: Mapping[str, object], *, failed: bool = False
+        self,
+        norm_type: float | None,
+        said: Mapping[str, object],
+        *,
+        failed: bool = False,
+        early: bool = False,
     ) -> tuple[list[Report], Tensor]:
-        """Every rank's report, and its sum of powers."""
+        """Every rank's report, and its sum of powers, which it does not have if it is early."""
         if watch := self.shard.collectives.watch:
             watch.waits_for(self._rounds.num_rounds)
-        if norm_type is not None or self.guards.nonfinite != "ignore":
+        if not early and (norm_type is not None or self.guards.nonfinite != "ignore"):
             self._rounds.means.wait()
-        tensors = self._means() if norm_type is not None else []
+        tensors = self._means() if norm_type is not None and not early else []
         power = norms.power_sum(tensors, norm_type or 1.0, self._device)
-        index, source = self._find_nonfinite()
+        index, source = (-1, -1) if early else self._find_nonfinite()
         flags = [parameter.requires_grad for parameter in self.shard.parameters]
-        present = self._rounds.present | self._rows.present
+        present = self.reduced()
         missing = [i for i, flag in enumerate(flags) if flag and i not in present]
         report = Report(
             rounds=self._rounds.num_rounds,
+            void=self._rounds.num_void,
             lost=self._rounds.num_lost,
             failed=int(failed),
+            early=int(early),
             facts=digest({**self.facts(norm_type), **said, "trained": crc32(bytes(flags))}),
             more=int(self._rounds.has_more()),
             rows=int(self._rows.has_more()),
@@ -212,7 +240,7 @@ class Reducer(Gradients):
             changed=self._rounds.changed(),
             nonfinite=index + 1,
             source=source + 1,
-            power=to_bits(float(power)) if _is_host(self._device) else 0,
+            power=to_bits(float(power)) if norms.is_host(self._device) else 0,
             present=frozenset(present),
         )
         reports = exchange(
@@ -221,7 +249,7 @@ class Reducer(Gradients):
             len(self.shard.parameters),
             is_quiet=report.is_quiet(self.guards) and norm_type != math.inf,
         )
-        return reports, self._all_powers(reports, power)
+        return reports, all_powers(self.shard.collectives, reports, power)
 
     def _refuse_uneven(
         self, reports: Sequence[Report], norm_type: float | None, said: Mapping[str, object]
@@ -230,19 +258,33 @@ class Reducer(Gradients):
 
         First bring all to the same number of rounds, so that every reduction ends.
         """
-        num_rounds = self._rounds.num_rounds
-        if len({(report.rounds, report.lost) for report in reports}) > 1:
-            for _ in range(max(report.rounds for report in reports) - num_rounds):
-                self._rounds.close(lost=True)
-            self._rounds.tear()
-        refuse_lost(reports, self.shard.names)
-        if len({(report.facts, report.rounds) for report in reports}) > 1:
+        num_rounds, num_void = self._rounds.num_rounds, self._rounds.num_void
+        if len({(report.rounds, report.void) for report in reports}) > 1:
+            self.lose(max(report.rounds for report in reports))
+        self._refuse_spoilt(reports)
+        if len({(report.facts, report.rounds, report.void) for report in reports}) > 1:
             pairs = zip(self.shard.names, self.shard.parameters, strict=True)
             training = {
                 f"requires_grad of parameter {name!r}": p.requires_grad for name, p in pairs
             }
-            facts = {**self.facts(norm_type), **said, "the number of backward passes": num_rounds}
+            passes = {
+                "the number of backward passes": num_rounds,
+                "the number of backward passes before zero_grad()": num_void,
+            }
+            facts = {**self.facts(norm_type), **said, **passes}
             agree(self.shard.collectives, facts | training, _ALIKE)
+
+    def _refuse_spoilt(self, reports: Sequence[Report]) -> None:
+        """Raise on every rank if what one has reduced is of no use."""
+        if any(report.changed > 0 for report in reports):
+            self._refuse_late_ddp()
+        refuse_lost(reports, self.shard.names)
+
+    def _refuse_late_ddp(self) -> None:
+        """DDP changes what has been sent, or brings it back. Looks once: others are late, too."""
+        if not self._knows_ddp:
+            refuse_ddp([{"params": self.shard.parameters}])
+        self._knows_ddp = True
 
     @property
     def _device(self) -> torch.device:
@@ -250,29 +292,9 @@ class Reducer(Gradients):
         buffers = self.shard.buffers.buckets
         return buffers[0].device if buffers else torch.device("cpu")
 
-    def _all_powers(self, reports: list[Report], power: Tensor) -> Tensor:  # (world_size,)
-        """Every rank's sum of powers: out of the reports, or without waiting for the device."""
-        if _is_host(self._device):
-            one_copy = reports[: self.shard.collectives.world_size]
-            powers = [from_bits(report.power) for report in one_copy]
-            return torch.tensor(powers, dtype=torch.float64, device="cpu")
-        collectives = self.shard.collectives
-        gathered = collectives.allocate(collectives.world_size, torch.float64, self._device)
-        gathered[collectives.rank] = power
-        collectives.all_gather(gathered, range(collectives.world_size + 1)).wait()
-        return gathered
-
     def _find_nonfinite(self) -> tuple[int, int]:
         """A parameter whose mean is not finite and the rank that brought it; -1 for none."""
         known = self._rounds.means.nonfinite or self._rows.nonfinite
-        if self.guards.nonfinite == "ignore" or known or _is_host(self._device):
+        if self.guards.nonfinite == "ignore" or known or norms.is_host(self._device):
             return known or (-1, -1)
-        segments = {index: self._rounds.means.of(index) for index in self.shard.segments}
-        held = {index: tensor for index, tensor in segments.items() if tensor is not None}
-        number = int(norms.first_nonfinite(list(held.values()), self._device))  # waits for the GPU
-        return ([*held][number - 1] if number else -1), -1
-
-
-def _is_host(device: torch.device) -> bool:
-    """Whether a number can be read without waiting for an accelerator."""
-    return device.type == "cpu"
+        return self._rounds.means.find_nonfinite(self._device), -1

@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import gc
 import sys
-import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
-from shardopt.errors import ParameterError, UnsupportedError
+from shardopt.errors import ParameterError, UnsupportedError, warn
 from shardopt.layout import Atom
 from shardopt.shard import Group, Shard
 
 
 def refuse_gradients(shard: Shard, *, made_dense: bool) -> None:
-    """Refuse gradients that cannot be cut as their parameters are; warn of parameters no model has.
+    """Refuse gradients that cannot be cut as their parameters are.
 
     Args:
         shard: the parameters.
         made_dense: whether sparse gradients become dense on their way, but for those cut by rows.
     """
-    names, parameters = shard.names, shard.parameters
-    references = [sys.getrefcount(parameter) for parameter in parameters]
-    abandoned = []
-    for index, (name, parameter, count) in enumerate(
-        zip(names, parameters, references, strict=True)
-    ):
+    for index, (name, parameter) in enumerate(zip(shard.names, shard.parameters, strict=True)):
         grad = parameter.grad
-        if grad is None and parameter.requires_grad and count <= _OUR_REFERENCES:
-            abandoned.append(name)
         atom = shard.layout.atom_of(index)
         if grad is None or atom is Atom.TENSOR:
             continue
@@ -51,14 +43,33 @@ def refuse_gradients(shard: Shard, *, made_dense: bool) -> None:
                 f"parameter {name!r}: expected a {expected} gradient for "
                 f"{algorithm.optimizer_class.__name__}, got {grad.layout}; {remedy}"
             )
-    if abandoned:
-        warnings.warn(
-            f"parameter {abandoned[0]!r} has no gradient, and nothing but the optimizer holds it "
-            "any more: the model has another now, as after load_state_dict(assign=True), or when a "
-            "model and its optimizer are deep-copied apart; construct ShardedOptimizer after that, "
-            "load with assign=False, or copy both at once: copy.deepcopy((model, optimizer))",
-            stacklevel=5,
+
+
+def refuse_abandoned(shard: Shard, reduced: Collection[int], *, warns: bool) -> None:
+    """Refuse parameters without a gradient that no model has any more, or warn of them.
+
+    Args:
+        shard: the parameters.
+        reduced: indices of those whose gradient has been reduced.
+        warns: whether parameters may have no gradient: then it is a warning.
+    """
+    parameters = shard.parameters
+    references = [sys.getrefcount(parameter) for parameter in parameters]
+    for index, (parameter, count) in enumerate(zip(parameters, references, strict=True)):
+        has_gradient = parameter.grad is not None or index in reduced
+        if has_gradient or not parameter.requires_grad or count > _OUR_REFERENCES:
+            continue
+        text = (
+            f"parameter {shard.names[index]!r} has no gradient, and nothing but the optimizer "
+            "holds it any more: the model has another now, as after load_state_dict(assign=True), "
+            "or when a model and its optimizer are deep-copied apart; construct ShardedOptimizer "
+            "after that, load with assign=False, or copy both at once: copy.deepcopy((model, "
+            "optimizer))"
         )
+        if not warns:
+            raise ParameterError(text)
+        warn(text)
+        return
 
 
 # Of a parameter that nobody else holds: those of a list, of the loop and of the call, which Python

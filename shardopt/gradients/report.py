@@ -1,13 +1,13 @@
 """What each rank says of its gradients before a step, and what all ranks make of it.
 
 [Note: Agreement] One small all-gather a step: every rank has every report and judges them alike,
-in rank order, so that all go on, all skip, or all raise. A report has ``13 + P / 62`` words of 64
+in rank order, so that all go on, all skip, or all raise. A report has ``15 + P / 62`` words of 64
 bits for ``P`` parameters. On more ranks than ``Collectives.gathers_up_to`` sums come first, and
 reports only if these show that there is something to tell.
 
-[Note: Sums] ``N`` gathered reports are ``8 N (13 + P / 62)`` bytes, and a sum moves about ``3 P``
-however many ranks there are: 1000 parameters on 64 ranks make 14 kB against 3 kB, on 512 ranks
-110 kB against 3 kB. A sum takes about three times as long to set out, which 64 ranks are worth.
+[Note: Sums] ``N`` gathered reports are ``8 N (15 + P / 62)`` bytes, and a sum moves about ``3 P``
+however many ranks there are: 1000 parameters on 64 ranks make 16 kB against 3 kB, on 512 ranks
+127 kB against 3 kB. A sum takes about three times as long to set out, which 64 ranks are worth.
 That all ranks say the same shows in sums of a number and of its square: ``N`` times the second
 is the square of the first if, and only if, all numbers are equal.
 """
@@ -18,12 +18,14 @@ import logging
 import struct
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields, replace
+from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 from shardopt.comm import Collectives
 from shardopt.errors import GradientError
+from shardopt.gradients import norms
 from shardopt.guard import digest
 from shardopt.policies import Guards
 
@@ -32,19 +34,28 @@ _BITS = 62  # of a word that stand for parameters: the sign is left alone
 _EXACT_BITS = 53  # of an integer in a float64
 
 
+class Spoilt(IntEnum):
+    """Why means are of no use."""
+
+    LOST = -1  # an exception has ended a backward
+    UNSCALED = -2  # what .grad holds, which was not clipped when the means were, has been sent
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What one rank says. Parameters are named by index + 1, with 0 for none."""
 
     rounds: int  # of reductions that it has taken part in
-    lost: int  # of these, those whose backward an exception has ended
+    void: int = 0  # of these, the first, which do not count any more
+    lost: int = 0  # those whose backward an exception has ended, since all agreed
     facts: int  # hash of the steps taken, the options, and what it is about to do
     failed: int = 0  # whether it has refused something of its own before this step
+    early: int = 0  # whether it speaks before it has its means, and wants to be heard again
     more: int = 0  # whether it has gradients that want another round
     rows: int = 0  # whether it has gradients of tables cut by rows that want to be exchanged
     missing: int = 0  # the first parameter that is trained and has no gradient here
     num_missing: int = 0
-    changed: int = 0  # a parameter whose gradient was changed after it was sent; -1: one was lost
+    changed: int = 0  # a parameter whose gradient was changed after it was sent, or a ``Spoilt``
     nonfinite: int = 0  # a parameter whose mean gradient is not finite
     source: int = 0  # the rank that brought it, plus 1
     power: int = 0  # bits of a float64: the sum of |g|**p over its segments, or the largest |g|
@@ -53,8 +64,8 @@ class Report:
     def is_quiet(self, guards: Guards) -> bool:
         """Whether nobody needs to read it, if all say the same."""
         unused = self.missing and not guards.find_unused_parameters
-        wants = self.failed or self.more or self.rows or self.changed or self.nonfinite or unused
-        return not wants
+        wants = self.early or self.more or self.rows or self.changed or self.nonfinite or unused
+        return not (self.failed or wants)
 
 
 @dataclass(frozen=True)
@@ -92,7 +103,8 @@ def _add_up(
 ) -> Report | None:
     """The report that holds for all ranks; ``None``, on all, if one wants to be read."""
     num_ranks = collectives.num_ranks
-    said = digest({"rounds": report.rounds, "lost": report.lost, "facts": report.facts})
+    point = (report.rounds, report.void, report.lost)
+    said = digest({"point": point, "facts": report.facts})
     digits = [said >> shift & 0xFFFF for shift in range(0, 64, 16)]
     squares = [digit**2 for digit in digits]
     bits = num_ranks.bit_length()  # of a parameter's count, of which a word holds several
@@ -135,6 +147,22 @@ def from_bits(bits: int) -> float:
     return float(struct.unpack("d", struct.pack("q", bits))[0])
 
 
+def all_powers(
+    collectives: Collectives,
+    reports: Sequence[Report],
+    power: Tensor,  # () float64
+) -> Tensor:  # (world_size,)
+    """Every rank's sum of powers: out of the reports, or without waiting for the device."""
+    if norms.is_host(power.device):
+        one_copy = reports[: collectives.world_size]
+        powers = [from_bits(report.power) for report in one_copy]
+        return torch.tensor(powers, dtype=torch.float64, device="cpu")
+    gathered = collectives.allocate(collectives.world_size, torch.float64, power.device)
+    gathered[collectives.rank] = power
+    collectives.all_gather(gathered, range(collectives.world_size + 1)).wait()
+    return gathered
+
+
 def judge(
     reports: Sequence[Report],
     powers: Tensor,  # (world_size,)
@@ -167,18 +195,27 @@ def refuse_lost(reports: Sequence[Report], names: Sequence[str]) -> None:
                 "shardopt.GradScaler, or change .grad before backward() has sent it, in a hook or "
                 "within no_sync()"
             )
-        if report.changed < 0:
+        if report.changed == Spoilt.UNSCALED:
+            raise GradientError(
+                f"on rank {rank} a backward() has added to gradients that had been clipped or "
+                "unscaled, and with gradients='local' .grad holds what they were before; call "
+                "optimizer.zero_grad(), and clip after the last backward() of a step (or use "
+                "gradients='sharded', which adds to what is clipped)"
+            )
+        if report.changed == Spoilt.LOST:
             raise GradientError(
                 f"an exception ended a backward() that was not repeated, or while gradients were "
                 f"accumulated, or on some ranks only: what rank {rank} has is of no use; call "
                 "optimizer.zero_grad() and repeat all backward passes of this step on every rank"
             )
-    if len({report.lost for report in reports}) > 1:
+    if len({(report.rounds, report.void) for report in reports}) > 1:
         lost = [report.lost for report in reports]
-        raise GradientError(
-            f"an exception ended a backward() on rank {lost.index(max(lost))} and not on rank "
-            f"{lost.index(min(lost))}; call optimizer.zero_grad() and repeat it on every rank"
-        )
+        if max(lost) > min(lost):
+            raise GradientError(
+                f"an exception ended a backward() on rank {lost.index(max(lost))} and not on rank "
+                f"{lost.index(min(lost))}, which has gone on; call optimizer.zero_grad() and "
+                "repeat it on every rank"
+            )
 
 
 def _refuse_unused(reports: Sequence[Report], names: Sequence[str]) -> None:

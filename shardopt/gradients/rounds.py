@@ -5,7 +5,9 @@
 - A bucket starts when all its gradients and those of all buckets before it are there ([Note: Line]
   says where it waits for room). What has not started when backward ends starts then.
 - Launch order is law: a round is never left half-way. If an exception ends a backward, the rest
-  of its round is launched before anything else, with zeros, and what it reduced is thrown away.
+  of its round is launched at once, with zeros and without waiting, so that no other rank waits for
+  it, whatever comes next; what the round has reduced is thrown away. A round that this rank begins
+  before all have agreed that they stand at one point does not wait either: others may be elsewhere.
 - What arrives outside of a round (a second gradient of a parameter in one backward, as reentrant
   checkpointing produces, or one that the user assigns) goes in a round that all ranks agree on in
   ``settle``.
@@ -13,21 +15,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
-from weakref import WeakSet, ref
+from math import inf
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import TensorWeakRef
 
 from shardopt.gradients.backward import at_end_of_backward, backward_number, is_nested
+from shardopt.gradients.hooks import Hooks
 from shardopt.gradients.line import line_of
 from shardopt.gradients.producers import Producers
 from shardopt.gradients.reduced_shards import ReducedShards
-from shardopt.gradients.torch_clip import watch
+from shardopt.gradients.report import Spoilt
+from shardopt.gradients.sent import Sent
 from shardopt.layout import Atom
 from shardopt.shard import Shard
 
@@ -45,7 +47,8 @@ class Rounds:
         means: what has been reduced.
         present: parameters with a gradient of this rank in the means.
         num_rounds: rounds that this rank has been through.
-        num_lost: those of them whose backward an exception ended.
+        num_void: the first of them, which count no more: all has been forgotten since.
+        num_lost: those whose backward an exception ended, since all ranks agreed.
         num_changes: grows with all that makes earlier verdicts old.
     """
 
@@ -53,26 +56,25 @@ class Rounds:
         self._shard, self._keeps = shard, keeps
         self.means = ReducedShards(shard, adds=not keeps, looks=looks)
         self.present: set[int] = set()
-        self.num_rounds = self.num_lost = self.num_changes = 0
+        self.num_rounds = self.num_void = self.num_lost = self.num_changes = 0
         self._line = line_of(shard.collectives.channel)
-        self._handles: dict[int, RemovableHandle] = {}  # id of a parameter -> its hook
+        self._hooks = Hooks(self.on_gradient)
         self._paused = False
         self._tasks: set[int] = set()  # of autograd: the backward under way, those within it
-        self._aborted = False  # an exception has ended it
+        self._aborted = False  # an exception has ended it, and nothing has come after that
         self._next: int | None = None  # the bucket to send next; ``None`` between rounds
         self._trained: set[int] = set()  # numbers of buckets
         self._missing: list[int] = []  # by bucket: parameters that have not got their gradient
         self._arrived: set[int] = set()
         self._producers = Producers()
-        # Where .grad stays: what was sent and its version; what has got more since.
-        self._sent: dict[int, tuple[TensorWeakRef, int]] = {}
+        # Where .grad stays: what was sent; what has got more since; what it was when means were
+        # scaled, which it is not; whether some of that has been sent again, or been added to.
+        self._sent, self._scaled = Sent(), Sent()
         self._late: set[int] = set()
+        self._unscaled = False
         self._began_empty = True
         self._holds_rows = False  # an earlier backward has left gradients of those that are
         self._torn = False  # a lost round has added to the means
-        _ALIVE.add(self)
-        if not keeps:
-            watch(self)
 
     # -- hooks ---------------------------------------------------------------------------------
 
@@ -89,23 +91,13 @@ class Rounds:
         self._trained = {number for number, count in enumerate(self._num_trained()) if count}
 
     def hook(self) -> None:
-        """Hear of every parameter that wants a gradient; one may want it from now on only.
-
-        Nobody else hears of it any more: an optimizer that another one takes the place of may live
-        on for a while, on some ranks.
-        """
-        for index, parameter in enumerate(self._shard.parameters):
-            if id(parameter) in self._handles or not parameter.requires_grad:
-                continue
-            for other in _ALIVE:
-                if handle := other._handles.get(id(parameter)):
-                    handle.remove()
-            hook = partial(_call, ref(self), index)
-            self._handles[id(parameter)] = parameter.register_post_accumulate_grad_hook(hook)
+        """Hear of every parameter that wants a gradient by now."""
+        self._hooks.follow(self._shard.parameters)
 
     def on_gradient(self, index: int, parameter: Tensor) -> None:
         """Autograd has added to a parameter's gradient."""
         self.num_changes += 1
+        self._unscaled |= self._scaled.num_changes(index, parameter.grad) == 1
         if self._paused:
             if index in self._sent:
                 self._late.add(index)
@@ -137,23 +129,28 @@ class Rounds:
         self._tasks.add(task)
         nested = is_nested()
         at_end_of_backward(
-            partial(self.leave_backward, task, nested), partial(self.abort_backward, task)
+            partial(self._leave_backward, task, nested), partial(self._abort_backward, task)
         )
 
-    def leave_backward(self, task: int, nested: bool) -> None:
+    def _leave_backward(self, task: int, nested: bool) -> None:
         """A backward has ended well."""
         if task in self._tasks and not nested:
             self._tasks.clear()
             self.close()
 
-    def abort_backward(self, task: int) -> None:
+    def _abort_backward(self, task: int) -> None:
         """An exception has ended a backward. What it leaves in ``.grad`` is not to be added to."""
-        if task in self._tasks:
-            self._aborted = True
-            self._line.advance(to_the_end=True)
-            if not self._keeps:  # else .grad is the user's to put right, as in torch
-                for parameter in self._shard.parameters:
-                    parameter.grad = None
+        if task not in self._tasks:
+            return
+        self._tasks.clear()
+        self._aborted = True
+        self.num_lost += 1
+        self.means.has_limit = False
+        with suppress(Exception):  # what fails here fails again in the next call, which tells of it
+            self.close(lost=True)
+        if not self._keeps:  # else .grad is the user's to put right, as in torch
+            for parameter in self._shard.parameters:
+                parameter.grad = None
 
     # -- rounds --------------------------------------------------------------------------------
 
@@ -198,14 +195,14 @@ class Rounds:
         if self._keeps:  # the mean of what .grad holds now takes the place of the one before
             self.present.difference_update(members)
             self._late.difference_update(members)
-            for index in members:
-                self._sent.pop(index, None)
+            self._sent.forget(members)
         if number not in self._trained and not everything:
             return
         self.present.update(gradients)
+        self.sends(gradients)
         if self._keeps:  # from now on a change is too late, whether it has started or not
             for index, gradient in gradients.items():
-                self._sent[index] = TensorWeakRef(gradient), gradient._version
+                self._sent.note(index, gradient)
         start = partial(self._launch, number, gradients)
         self._line.join(start, partial(self.means.has_room, number))
 
@@ -219,17 +216,17 @@ class Rounds:
                 self._shard.parameters[index].grad = None
 
     def abandon(self, *, retries: bool) -> None:
-        """If an exception ended a backward: end its round, and forget it if gradients come anew."""
+        """If an exception has ended a backward: forget its round if gradients come anew."""
         if not self._aborted:
             return
-        began_empty = self._began_empty
+        if self._next is not None:
+            self.close(lost=True)
         self._aborted = False
-        self._tasks.clear()
-        self.num_lost += 1
-        self.close(lost=True)
-        if retries and not self._keeps and began_empty:
+        if retries and not self._keeps and self._began_empty:
             self.forget()
-        elif not (retries and self._keeps):  # else .grad is all there is, and the user's
+        elif retries and self._keeps:  # .grad is all there is, and the user's
+            self.num_void = self.num_rounds
+        else:
             self._torn = True
 
     def forget(self) -> None:
@@ -237,14 +234,21 @@ class Rounds:
         self._line.advance(to_the_end=True)
         self.means.clear()
         self.present.clear()
-        self._sent.clear()
+        for noted in (self._sent, self._scaled):
+            noted.forget()
         self._late.clear()
-        self._torn = self._holds_rows = False
+        self._torn = self._holds_rows = self._unscaled = False
+        self.num_void = self.num_rounds
         self.num_changes += 1
+
+    def agreed(self) -> None:
+        """All ranks stand at one point: what comes next may wait for them."""
+        self.num_lost, self.means.has_limit = 0, True
 
     def tear(self) -> None:
         """Ranks have not gone through the same rounds: the means are of no use until forgotten."""
-        self._torn, self.num_lost = True, 0
+        self._torn = True
+        self.agreed()
 
     def has_more(self) -> bool:
         """Whether gradients have come, or have been taken away, that the means do not know of."""
@@ -255,28 +259,31 @@ class Rounds:
         )
 
     def _is_new(self, index: int, gradient: Tensor | None) -> bool:
-        if index not in self._sent:
-            return gradient is not None
-        return index in self._late or self._sent[index][0]() is not gradient
+        return index in self._late or self._sent.is_new(index, gradient)
 
     def changed(self) -> int:
-        """A parameter whose gradient has changed since it was sent, plus 1; -1 for a torn mean."""
+        """A parameter whose gradient has changed since it was sent, plus 1, or a ``Spoilt``."""
         if self._torn:
-            return -1
-        for index, (_, version) in self._sent.items():
-            gradient = self._shard.parameters[index].grad
-            if gradient is None or self._is_new(index, gradient):
-                continue
-            if gradient._version != version:
+            return Spoilt.LOST
+        if self._unscaled:
+            return Spoilt.UNSCALED
+        for index, parameter in enumerate(self._shard.parameters):
+            late = index in self._late
+            if not late and 0 < self._sent.num_changes(index, parameter.grad) < inf:
                 return index + 1
         return 0
 
-    def name_if_freed(self, parameter: Tensor) -> str | None:
-        """The name of a parameter whose gradient is in the means, and nowhere else."""
-        if not self._shard.holds(parameter):
-            return None
-        index = self._shard.index(parameter)
-        return self._shard.names[index] if index in self.present else None
+    def sends(self, indices: Iterable[int]) -> None:
+        """``.grad`` is about to be sent: note if that undoes what scaled the means."""
+        parameters = self._shard.parameters
+        same = (self._scaled.num_changes(index, parameters[index].grad) == 0 for index in indices)
+        self._unscaled |= any(same)
+
+    def scaled(self) -> None:
+        """Means have been clipped, or the like. Where ``.grad`` stays, it has not."""
+        for index, parameter in enumerate(self._shard.parameters):
+            if self._keeps and parameter.grad is not None:
+                self._scaled.note(index, parameter.grad)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -286,13 +293,3 @@ class Rounds:
             yield
         finally:
             self._paused = before
-
-
-_ALIVE: WeakSet[Rounds] = WeakSet()
-
-
-def _call(rounds: ref[Rounds], index: int, parameter: Tensor) -> None:
-    """A hook does not keep the optimizer alive."""
-    alive = rounds()
-    if alive is not None:
-        alive.on_gradient(index, parameter)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef
 
 from shardopt.gradients.norms import all_finite
+from shardopt.gradients.sent import Sent
 from shardopt.rows import Rows, cut_rows, exchange_rows
 from shardopt.shard import Shard
 from shardopt.sparse import sparse_rows
@@ -34,7 +34,7 @@ class RowMeans:
     def __init__(self, shard: Shard, *, adds: bool, looks: bool):
         self._shard, self._adds, self._looks = shard, adds, looks
         self._means: dict[int, Tensor] = {}  # by parameter: sparse, shaped as its segment
-        self._sent: dict[int, tuple[TensorWeakRef, int]] = {}
+        self._sent = Sent()
         self.present: set[int] = set()
         self.nonfinite: tuple[int, int] | None = None
 
@@ -44,15 +44,13 @@ class RowMeans:
 
     def _is_new(self, index: int) -> bool:
         gradient = self._shard.parameters[index].grad
-        if index not in self._sent:
-            return gradient is not None
-        sent, version = self._sent[index]
-        return sent() is not gradient or (gradient is not None and gradient._version != version)
+        changes = self._sent.num_changes(index, gradient)
+        return changes > 0 and (gradient is not None or index in self._sent)
 
     def clear(self) -> None:
         """Forget all means."""
         self._means.clear()
-        self._sent.clear()
+        self._sent.forget()
         self.present.clear()
         self.nonfinite = None
 
@@ -120,7 +118,7 @@ class RowMeans:
         if self._adds:
             parameter.grad = None
         else:
-            self._sent[index] = TensorWeakRef(parameter.grad), parameter.grad._version
+            self._sent.note(index, parameter.grad)
 
 
 def _sum(from_each: list[Rows]) -> Rows:

@@ -32,9 +32,11 @@ def test_a_report_travels_as_a_few_words(num_parameters):
     present = frozenset(i for i in range(num_parameters) if i % 3 == 0 or i > num_parameters - 3)
     report = Report(
         rounds=7,
+        void=6,
         lost=2,
         facts=-(2**63),
         failed=1,
+        early=1,
         more=1,
         rows=1,
         missing=5,
@@ -48,7 +50,7 @@ def test_a_report_travels_as_a_few_words(num_parameters):
     collectives = Recorded()
     assert exchange(collectives, report, num_parameters) == [report, report]
     assert collectives.row.dtype is torch.int64
-    assert collectives.row.numel() == 12 + num_parameters // 62 + 1
+    assert collectives.row.numel() == 14 + num_parameters // 62 + 1
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1e-310, 3.5, float("inf"), float("nan")])
@@ -91,8 +93,9 @@ def test_a_missing_gradient_is_refused_unless_none_is_there():
             "the gradient of parameter 'b' was changed on rank 1 after",
         ),
         ([GOOD, replace(GOOD, changed=-1)], "what rank 1 has is of no use"),
-        ([replace(GOOD, lost=1), GOOD], r"ended a backward\(\) on rank 0 and not on rank 1"),
-        ([GOOD, GOOD, replace(GOOD, lost=1)], r"on rank 2 and not on rank 0"),
+        ([GOOD, replace(GOOD, changed=-2)], "on rank 1 a backward.* added to gradients that had"),
+        ([replace(GOOD, rounds=4, lost=1), GOOD], r"backward\(\) on rank 0 and not on rank 1"),
+        ([GOOD, GOOD, replace(GOOD, void=1, lost=1)], r"on rank 2 and not on rank 0"),
     ],
 )
 def test_what_is_lost_is_refused(reports, words):

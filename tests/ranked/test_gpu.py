@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardopt import ShardedOptimizer
 from shardopt.checkpoint import async_save, load, save
-from shardopt.gradients import reducer
+from shardopt.gradients import norms
 from tests.each_rank import KINDS, batch, loss_of, mean_gradients
 from tests.ranks import on_ranks
 from tests.twins import SMALL_BUCKETS, assert_same, make_model
@@ -123,7 +123,7 @@ class ReadsNothing(TorchDispatchMode):
 @pytest.mark.parametrize("kind", KINDS)
 def test_reducing_clipping_and_stepping_read_no_value(kind, rank, monkeypatch):
     """The same without a GPU, for which this takes the CPU."""
-    monkeypatch.setattr(reducer, "_is_host", lambda device: False)
+    monkeypatch.setattr(norms, "is_host", lambda device: False)
     model = make_model()
     optimizer = ShardedOptimizer(
         model.parameters(), AdamW, gradients=kind, bucket_cap_mb=SMALL_BUCKETS, fused=True

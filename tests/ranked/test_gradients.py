@@ -25,9 +25,9 @@ from tests.ranks import on_ranks
 from tests.twins import SMALL_BUCKETS, assert_same, assert_same_parameters, make_model
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
-every_way = pytest.mark.parametrize(
-    "kind", [*KINDS, pytest.param("sharded, as many ranks", marks=pytest.mark.slow)]
-)
+AS_MANY = "sharded, as many ranks"
+WAYS = [*KINDS, AS_MANY]
+every_way = pytest.mark.parametrize("kind", [*KINDS, pytest.param(AS_MANY, marks=pytest.mark.slow)])
 UNUSED = Guards(find_unused_parameters=True)
 
 LossOf = Callable[[nn.Module, int, int], Tensor]  # of a model, a pass and a rank

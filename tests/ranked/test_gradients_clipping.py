@@ -12,7 +12,8 @@ from torch.optim import SGD, Adafactor, AdamW
 
 from shardopt import Guards, ShardedOptimizer
 from shardopt.errors import GradientError
-from tests.ranked.test_gradients import KINDS, UNUSED, Twins, every_kind, every_way, random
+from tests.ranked.test_gradients import KINDS, UNUSED, WAYS, Twins, every_kind, every_way, random
+from tests.ranked.test_gradients_lifecycle import ZEROS
 from tests.ranked.test_gradients_models import complexes, from_points, in_order, odd, tied
 from tests.ranks import on_ranks
 from tests.twins import SMALL_BUCKETS, assert_same_parameters, make_model
@@ -123,16 +124,16 @@ def test_again_and_again(kind, rank, world_size):
 
 
 @on_ranks(1, 2, 3)
-@every_way
-def test_the_next_backward_is_not_clipped(kind, rank, world_size):
-    """Sharded adds to what is clipped, as torch does; local sends all of ``.grad`` again."""
+@pytest.mark.parametrize("kind", [kind for kind in WAYS if kind != "local"])
+def test_the_next_backward_adds_to_what_is_clipped(kind, rank, world_size):
+    """As in torch."""
     twins = Twins(kind, rank, world_size).build(optimizer_class=SGD, lr=1.0)
     twins.backward(0)
     twins.optimizer.clip_grad_norm_(1e-3)
     twins.backward(1)
     norm = twins.optimizer.clip_grad_norm_(1e9)
     means = [twins.means(seed) for seed in range(2)]
-    scale = 1e-3 / torch.nn.utils.get_total_norm(means[0]) if twins.kind == "sharded" else 1.0
+    scale = 1e-3 / torch.nn.utils.get_total_norm(means[0])
     both = [first * scale + second for first, second in zip(*means, strict=True)]
     torch.testing.assert_close(norm, torch.nn.utils.get_total_norm(both), rtol=1e-5, atol=0)
     with twins.optimizer.no_sync():
@@ -142,6 +143,68 @@ def test_the_next_backward_is_not_clipped(kind, rank, world_size):
         parameter.grad = mean + last
     twins.plain.step()
     assert_close_parameters(twins.ours, twins.theirs)
+
+
+CLIPS = {
+    "norm": lambda optimizer: optimizer.clip_grad_norm_(1e-3),
+    "value": lambda optimizer: optimizer.clip_grad_value_(1e-3),
+}
+ADDS = {
+    "a backward": lambda twins: twins.backward(1),
+    "several": lambda twins: twins.backward(1, 2),
+    "a backward that sends nothing": lambda twins: paused_backward(twins, 1),
+    "one of a part": lambda twins: twins.ours[4](torch.ones(1, 37)).sum().backward(),
+    "one by hand": lambda twins: setattr(twins.ours[4].bias, "grad", torch.ones(1)),
+}
+
+
+def paused_backward(twins: Twins, seed: int) -> None:
+    with twins.optimizer.no_sync():
+        twins.backward(seed)
+
+
+@on_ranks(1, 2, 3)
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("add", ADDS)
+def test_adding_to_what_is_clipped_is_refused_where_grad_stays(clip, add, rank, world_size):
+    """What ``.grad`` holds was not clipped, and all of it would be sent again."""
+    twins = Twins("local", rank, world_size).build()
+    twins.step(0)
+    twins.backward(0)
+    CLIPS[clip](twins.optimizer)
+    ADDS[add](twins)
+    words = r"on rank 0 a backward\(\) .*optimizer.zero_grad\(\), and clip after the last"
+    for call in (twins.optimizer.step, lambda: CLIPS[clip](twins.optimizer)):
+        with pytest.raises(GradientError, match=words):
+            call()
+    assert_same_parameters(twins.ours, twins.theirs)
+    twins.optimizer.zero_grad()
+    twins.step(3)
+    twins.assert_same_state()
+
+
+@on_ranks(1, 2)
+@every_kind
+@pytest.mark.parametrize("zero", [*ZEROS, "by hand, None", "by hand, zeros"])
+@pytest.mark.parametrize("paused", [False, True])
+def test_what_is_clipped_and_then_forgotten_is_no_matter(kind, zero, paused, rank, world_size):
+    """By hand only where there is a gradient to put away."""
+    twins = Twins(kind, rank, world_size).build()
+    twins.backward(0)
+    twins.optimizer.clip_grad_norm_(1e-3)
+    if zero in ZEROS:
+        ZEROS[zero](twins)
+    elif kind == "sharded":
+        return
+    for parameter in twins.ours.parameters() if zero.startswith("by hand") else ():
+        if zero.endswith("None"):
+            parameter.grad = None
+        else:
+            parameter.grad.zero_()
+    (paused_backward if paused else Twins.backward)(twins, 1)
+    twins.backward(2)
+    twins.optimizer.step()
+    twins.follow(1, 2)
 
 
 @on_ranks(1, 2, 3)

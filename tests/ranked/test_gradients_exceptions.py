@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
-from shardopt import ShardedOptimizer
+from shardopt import Guards, ShardedOptimizer
 from shardopt.errors import GradientError, UnsupportedError
 from tests.ranked.test_gradients import Twins, every_kind, random
+from tests.ranked.test_gradients_lifecycle import ZEROS
 from tests.ranked.test_gradients_refused import refuses
 from tests.ranks import on_ranks
 from tests.twins import assert_same, assert_same_parameters, make_model
@@ -98,28 +100,87 @@ def test_an_exception_spoils_what_was_accumulated(rank, world_size):
 
 @on_ranks(2, 3)
 @every_kind
-@pytest.mark.parametrize("then", ["step", "again and step", "zero_grad, again and step"])
-def test_an_exception_on_one_rank_ends_the_step_on_all(kind, then, rank, world_size):
+@pytest.mark.parametrize("cap", [25.0, 1e-4])
+@pytest.mark.parametrize("call", ["step", "clip_grad_norm_"])
+@pytest.mark.parametrize("then", ["go on", "again", "zero_grad, again"])
+def test_an_exception_on_one_rank_while_others_go_on(kind, then, call, cap, rank, world_size):
+    """It is told on all, and nobody waits for ever, however many buckets there are."""
     odd = rank == world_size - 1
-    twins = Twins(kind, rank, world_size).build()
+    ours = {"bucket_cap_mb": cap, "guards": Guards(deadline=30)}
+    twins = Twins(kind, rank, world_size).build(ours=ours)
     twins.step(0)
     if odd:
         with pytest.raises(Boom):
             fused_loss(twins.ours, 1, rank).backward()
         if then.startswith("zero_grad"):
             twins.optimizer.zero_grad()
-        if then != "step":
+        if then != "go on":
             twins.backward(1)
     else:
         twins.backward(1)
+    arguments = [1.0] if call == "clip_grad_norm_" else []
     for _ in range(2):
         with refuses(GradientError, "an exception ended a backward()", "zero_grad()"):
-            twins.optimizer.step()
+            getattr(twins.optimizer, call)(*arguments)
     assert_same_parameters(twins.ours, twins.theirs)
     twins.optimizer.zero_grad()
     twins.step(2)
     twins.step(3, 4)
     twins.assert_same_state()
+
+
+def tell(when: str, now: str) -> None:
+    """The ranks tell one another whether it went well, on a group of their own."""
+    if when == now and dist.is_initialized():
+        dist.all_reduce(torch.ones(()))
+
+
+@on_ranks(2, 3)
+@every_kind
+@pytest.mark.parametrize("cap", [25.0, 1e-4])
+@pytest.mark.parametrize("zero", ["optimizer, None", "model, None"])
+@pytest.mark.parametrize("told", ["never", "before zero_grad", "after zero_grad"])
+@pytest.mark.parametrize("call", ["nothing", "a norm"])
+def test_an_exception_on_one_rank_and_another_try_on_all(
+    kind, cap, zero, told, call, rank, world_size
+):
+    """The first other try counts, whatever ranks do to tell one another."""
+    ours = {"bucket_cap_mb": cap, "guards": Guards(deadline=30)}
+    twins = Twins(kind, rank, world_size).build(ours=ours)
+    for seed in range(3):
+        if rank == seed % world_size:
+            with pytest.raises(Boom):
+                fused_loss(twins.ours, seed, rank).backward()
+        else:
+            twins.backward(seed)
+        tell(told, "before zero_grad")
+        ZEROS[zero](twins)
+        tell(told, "after zero_grad")
+        twins.backward(seed)
+        if call == "a norm":
+            twins.optimizer.clip_grad_norm_(1e9)
+        twins.optimizer.step()
+        twins.follow(seed)
+    twins.assert_same_state()
+
+
+@on_ranks(2, 3)
+@pytest.mark.parametrize("zeros", [True, False])
+def test_one_rank_adds_to_what_an_exception_has_left(zeros, rank, world_size):
+    """Local: as many backward passes as the others have been through, and not the same."""
+    twins = Twins("local", rank, world_size).build()
+    if rank == 1:
+        with pytest.raises(Boom):
+            fused_loss(twins.ours, 0, rank).backward()
+        if zeros:
+            twins.optimizer.zero_grad()
+    else:
+        twins.backward(0)
+    twins.backward(1)
+    with refuses(GradientError, "an exception ended a backward() on rank 1 and not on rank 0"):
+        twins.optimizer.step()
+    twins.optimizer.zero_grad()
+    twins.step(2)
 
 
 # -- changed ---------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from torch.optim import SGD, AdamW
 
 from shardopt import ShardedOptimizer
+from shardopt.errors import AgreementError, GradientError
 from tests.ranked.test_gradients import UNUSED, Twins, every_kind, gradients_of, mean_of, random
 from tests.ranks import on_ranks
 from tests.twins import assert_same, assert_same_parameters, make_model
@@ -94,7 +95,7 @@ ZEROS = {
 @pytest.mark.parametrize("zero", ZEROS)
 @pytest.mark.parametrize("when", ["before backward", "after backward"])
 def test_zero_grad(kind, zero, when, rank, world_size):
-    """The optimizer's forgets all that was reduced; the model's can only clear ``.grad``."""
+    """Whatever has been reduced is forgotten, whoever forgets it."""
     twins = Twins(kind, rank, world_size).build()
     for seed in range(0, 8, 4):
         if when == "after backward":
@@ -102,9 +103,8 @@ def test_zero_grad(kind, zero, when, rank, world_size):
         ZEROS[zero](twins)
         twins.backward(seed + 1, seed + 2)
         twins.optimizer.step()
-        stays = when == "after backward" and kind == "sharded" and zero.startswith("model")
-        twins.follow(*[seed] * stays, seed + 1, seed + 2)
-    if when == "after backward" and zero == "optimizer, None":
+        twins.follow(seed + 1, seed + 2)
+    if when == "after backward" and zero.endswith("None"):
         twins.backward(8)
         ZEROS[zero](twins)
         twins.optimizer.step()  # nothing to do, as in torch
@@ -112,12 +112,73 @@ def test_zero_grad(kind, zero, when, rank, world_size):
         twins.assert_same_state()
 
 
+@on_ranks(1, 2, 3)
+def test_grad_that_is_gone_is_forgotten(rank, world_size):
+    """Local: all of it, or that of some parameters; set to ``None`` by hand."""
+    twins = Twins("local", rank, world_size).build(optimizer_class=SGD, ours={"guards": UNUSED})
+    for gone in ([0, 1, 2, 3, 4, 5], [0, 5]):
+        twins.backward(1)
+        for index in gone:
+            list(twins.ours.parameters())[index].grad = None
+        twins.optimizer.step()
+        for index, (parameter, mean) in enumerate(
+            zip(twins.theirs.parameters(), twins.means(1), strict=True)
+        ):
+            parameter.grad = None if index in gone else mean
+        twins.plain.step()
+        assert_same_parameters(twins.ours, twins.theirs)
+
+
+@on_ranks(1, 2, 3)
+@every_kind
+def test_a_part_of_the_model_forgets(kind, rank, world_size):
+    """Where gradients are freed it is refused: what was reduced lies together."""
+    twins = Twins(kind, rank, world_size).build(optimizer_class=SGD, ours={"guards": UNUSED})
+    nn.Linear(2, 2).zero_grad()
+    twins.ours[2].zero_grad()  # there is nothing to forget
+    twins.backward(0)
+    nn.Linear(2, 2).zero_grad()  # nor of those of others
+    if kind == "sharded":
+        words = r"'2.weight' has been reduced and freed.* Linear .* use optimizer.zero_grad\(\)"
+        with pytest.raises(GradientError, match=words):
+            twins.ours[2].zero_grad()
+        twins.optimizer.step()
+        twins.follow(0)
+        return
+    twins.ours[2].zero_grad()
+    twins.optimizer.step()
+    for parameter, mean in zip(twins.theirs.parameters(), twins.means(0), strict=True):
+        parameter.grad = mean
+    twins.theirs[2].zero_grad()
+    twins.plain.step()
+    assert_same_parameters(twins.ours, twins.theirs)
+
+
+@on_ranks(2, 3)
+@every_kind
+@pytest.mark.parametrize("zero", ZEROS)
+def test_forgotten_on_one_rank_only(kind, zero, rank, world_size):
+    twins = Twins(kind, rank, world_size).build(ours={"guards": UNUSED})
+    twins.step(0)
+    twins.backward(1)
+    if rank == 1:
+        ZEROS[zero](twins)
+    words = r"number of backward passes before zero_grad\(\): rank 1 has 2, rank 0 has 1"
+    with pytest.raises(AgreementError, match=words):
+        twins.optimizer.step()
+    assert_same_parameters(twins.ours, twins.theirs)
+    twins.optimizer.zero_grad()
+    twins.step(2)
+    twins.assert_same_state()
+
+
 @on_ranks(2)
-def test_zeros_are_gradients_as_in_torch(rank, world_size):
+@pytest.mark.parametrize("zero", [zero for zero in ZEROS if zero.endswith("zeros")])
+def test_zeros_are_gradients_as_in_torch(zero, rank, world_size):
     twins = Twins("local", rank, world_size).build(weight_decay=0.1)
     twins.step(0)
     twins.backward(1)
-    twins.optimizer.zero_grad(set_to_none=False)
+    ZEROS[zero](twins)
     twins.optimizer.step()
     for parameter in twins.theirs.parameters():
         parameter.grad = torch.zeros_like(parameter)

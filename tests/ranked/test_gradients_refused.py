@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shardopt import Guards, ShardedOptimizer
-from shardopt.errors import AgreementError, GradientError, UnsupportedError
+from shardopt.errors import AgreementError, GradientError, ParameterError, UnsupportedError
 from tests.ranked.test_gradients import UNUSED, Twins, every_kind, every_way, random
 from tests.ranks import on_ranks
 from tests.twins import assert_same, assert_same_parameters, make_model
@@ -270,3 +270,36 @@ def test_under_ddp_the_remedy_is_named(wrap, kind, rank, world_size):
         late(random(8, 61, seed=0, rank=rank)).square().mean().backward()
         twins.optimizer.step()
     assert_same(dict(twins.ours.state_dict()), dict(before))
+
+
+@on_ranks(2)
+@every_kind
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_ddp_that_comes_late_is_named_by_clipping_too(kind, steps_before, rank, world_size):
+    twins = Twins(kind, rank, world_size).build()
+    for seed in range(steps_before):
+        twins.step(seed)
+    late = DistributedDataParallel(twins.ours)
+    late(random(8, 61, seed=0, rank=rank)).square().mean().backward()
+    with refuses(UnsupportedError, "DistributedDataParallel", "replicated"):
+        twins.optimizer.clip_grad_norm_(1.0)
+
+
+# -- parameters that no model has any more ---------------------------------------------------------
+
+
+@on_ranks(1, 2, 3)
+@every_way
+@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("part", ["all", "the last layer"])
+def test_a_model_with_other_parameters_is_told(kind, clips, part, rank, world_size):
+    """It would train what nobody looks at."""
+    twins = Twins(kind, rank, world_size).build()
+    module = twins.ours if part == "all" else twins.ours[4]
+    module.load_state_dict(copy.deepcopy(module.state_dict()), assign=True)
+    twins.backward(0)
+    name = "0.weight" if part == "all" else "4.weight"
+    call = (lambda: twins.optimizer.clip_grad_norm_(1.0)) if clips else twins.optimizer.step
+    for _ in range(2):
+        with refuses(ParameterError, f"'{name}' has no gradient", "assign=True", "assign=False"):
+            call()

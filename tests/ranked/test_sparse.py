@@ -170,6 +170,31 @@ def test_a_pass_after_clipping_adds_to_what_was_clipped(rank, world_size):
 
 
 @on_ranks(1, 2, 3)
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_pass_after_clipping_is_refused_where_grad_stays(anew, rank, world_size):
+    """Unless what was clipped has been put away; or one table's gradient alone, by hand."""
+    twins = Twins("local", rank, world_size)
+    twins.backward(0)
+    twins.optimizer.clip_grad_norm_(1e-3)
+    if anew:
+        twins.ours.zero_grad()
+        twins.plain.zero_grad()
+        twins.step(1)
+        return
+    twins.backward(1)
+    with pytest.raises(GradientError, match="had been clipped"):
+        twins.optimizer.step()
+    twins.optimizer.zero_grad()
+    twins.plain.zero_grad()
+    twins.backward(2)
+    twins.optimizer.clip_grad_norm_(1e-3)
+    table = twins.ours[0].weight
+    table.grad = table.grad.clone()
+    with pytest.raises(GradientError, match="had been clipped"):
+        twins.optimizer.step()
+
+
+@on_ranks(1, 2, 3)
 @every_kind
 def test_a_table_that_one_rank_alone_looks_up(kind, rank, world_size):
     guards = Guards(find_unused_parameters=True)

@@ -86,7 +86,7 @@ def test_a_step_agrees_then_gathers_each_bucket_once_in_order_and_nothing_else(
     assert len(buckets) > 1
     first = calls_of_a_step(trained, calls)
     assert first[-len(gathers) :] == gathers
-    whole = [("all_gather_rows", 12 + 1), *gathers]
+    whole = [("all_gather_rows", 14 + 1), *gathers]
     for _ in range(3):
         assert calls_of_a_step(trained, calls) == whole
     trained.optimizer.param_groups[0]["lr"] = trained.plain.param_groups[0]["lr"] = 0.1
@@ -99,7 +99,7 @@ def test_the_first_step_compares_gradients_by_one_number_each():
     trained, calls = counted_pair()
     first = calls_of_a_step(trained, calls)
     rows = [size for name, size in first if name == "all_gather_rows"]
-    failed_before, hashes, report, failed_in_the_class = 1, 4, 12 + 1, 1
+    failed_before, hashes, report, failed_in_the_class = 1, 4, 14 + 1, 1
     assert rows == [failed_before, hashes, report, failed_in_the_class]
     unguarded, calls = counted_pair(guards=Guards(replicas=False))
     rows = [size for name, size in calls_of_a_step(unguarded, calls) if name == "all_gather_rows"]
@@ -126,7 +126,7 @@ def test_a_step_reduces_and_gathers_each_bucket_once_and_agrees_once(kind, clips
         names = [name for name, _ in collectives.calls[len(buckets) :] if step > 0]
         assert not names or names == ["all_gather_rows"] + ["all_gather"] * len(buckets)
     agreed = next(size for name, size in collectives.calls if name == "all_gather_rows")
-    assert agreed == 12 + 1, "a report has twelve words, and one for up to 62 parameters"
+    assert agreed == 14 + 1, "a report has 14 words, and one for up to 62 parameters"
 
 
 @on_ranks(2, 3, slow=[3])

@@ -186,8 +186,10 @@ def test_a_layer_with_other_parameters_is_warned_of(first):
     layers = ours[first:]
     layers.load_state_dict(copy.deepcopy(layers.state_dict()), assign=True)
     ours(torch.ones(1, 61)).sum().backward()
-    with pytest.warns(UserWarning, match=rf"'{first}.weight' .* load_state_dict\(assign=True\)"):
+    words = rf"'{first}.weight' .* load_state_dict\(assign=True\)"
+    with pytest.warns(UserWarning, match=words) as caught:
         optimizer.step()
+    assert [each.filename for each in caught] == [__file__]  # at the user's line
 
 
 @on_ranks(1, 2)

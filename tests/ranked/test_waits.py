@@ -14,7 +14,7 @@ from torch.optim import Adafactor, AdamW, SparseAdam
 from shardopt import Guards, ShardedOptimizer
 from shardopt.comm.torch_group import TorchCollectives
 from shardopt.errors import AgreementError
-from shardopt.gradients import reducer
+from shardopt.gradients import norms
 from shardopt.gradients.producers import Producers
 from tests.each_rank import KINDS, loss_of, mean_gradients
 from tests.ranks import on_ranks
@@ -117,7 +117,7 @@ def test_everything_waits_for_what_it_uses(optimizer_class, rank):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_wait_for_what_they_use(kind, on_host, rank, world_size, monkeypatch):
     """Norms also as on an accelerator, where they travel by themselves."""
-    monkeypatch.setattr(reducer, "_is_host", lambda device: on_host)
+    monkeypatch.setattr(norms, "is_host", lambda device: on_host)
     ours, theirs = make_model(seed=rank), make_model(seed=0)
     options = {"kernel": "torch", "bucket_cap_mb": SMALL_BUCKETS, "lr": 0.1}
     optimizer = ShardedOptimizer(

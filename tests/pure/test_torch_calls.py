@@ -10,7 +10,7 @@ from torch.optim import SGD
 
 from shardopt import ShardedOptimizer
 from shardopt.errors import GradientError
-from shardopt.gradients import torch_clip
+from shardopt.gradients import torch_calls
 
 
 def sharded(model):
@@ -26,10 +26,10 @@ CLIPPERS = {
 }
 
 
-@pytest.mark.parametrize("name", torch_clip._CLIPPERS)
+@pytest.mark.parametrize("name", torch_calls._CLIPPERS)
 def test_torch_has_the_function_that_is_watched(name):
     sharded(nn.Linear(3, 2))
-    assert torch_clip.cell_of(name).cell_contents._by_shardopt
+    assert torch_calls.cell_of(name).cell_contents._by_shardopt
 
 
 @pytest.mark.parametrize("name", CLIPPERS)
