@@ -8,6 +8,7 @@
   of its round is launched at once, with zeros and without waiting, so that no other rank waits for
   it, whatever comes next; what the round has reduced is thrown away. A round that this rank begins
   before all have agreed that they stand at one point does not wait either: others may be elsewhere.
+  (On a mesh both wait for room, as a reduction there goes on only while somebody does.)
 - What arrives outside of a round (a second gradient of a parameter in one backward, as reentrant
   checkpointing produces, or one that the user assigns) goes in a round that all ranks agree on in
   ``settle``.
@@ -145,7 +146,7 @@ class Rounds:
         self._tasks.clear()
         self._aborted = True
         self.num_lost += 1
-        self.means.has_limit = False
+        self.means.has_limit = self._shard.collectives.replicate_axis is not None
         with suppress(Exception):  # what fails here fails again in the next call, which tells of it
             self.close(lost=True)
         if not self._keeps:  # else .grad is the user's to put right, as in torch

@@ -14,6 +14,7 @@ from shardopt.comm.mesh import MeshCollectives
 from shardopt.errors import AgreementError, GradientError
 from tests.each_rank import KINDS, loss_of, mean_gradients
 from tests.pure.test_mesh_turns import RecordedCollectives
+from tests.ranked.test_gradients_exceptions import Boom, fused_loss
 from tests.ranked.test_traffic import Waits
 from tests.ranked.test_waits import DeferredCollectives
 from tests.ranks import on_ranks
@@ -77,6 +78,33 @@ def test_as_on_one_axis_within_rounding(kind, rank, world_size):
         assert optimizer.collectives.world_size == shape[1]
         held = sum(len(state) for state in optimizer.optim.state.values())
         assert held < sum(len(s) for s in twin.state.values()) or shape[1] == 1
+
+
+@on_ranks(4, slow=[4])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("all_of_them", ["are told", "try again", "go on and are told"])
+def test_an_exception_on_one_rank_keeps_nobody_waiting(kind, all_of_them, rank, world_size):
+    """Though a reduction goes on only while somebody waits for it, and there are more than two."""
+    ours, theirs = make_model(), make_model()
+    guards = Guards(deadline=20)
+    optimizer = on_mesh(ours, (2, 2), SGD, gradients=kind, bucket_cap_mb=1e-4, guards=guards)
+    twin = SGD(theirs.parameters(), lr=0.01)
+    for step in range(3):
+        optimizer.zero_grad()
+        if rank == step:
+            with pytest.raises(Boom):
+                fused_loss(ours, step, rank).backward()
+        else:
+            loss_of(ours, step, rank).backward()
+        if all_of_them.startswith("go on"):
+            with pytest.raises(GradientError, match=f"what rank {step} has is of no use"):
+                optimizer.step()
+        if all_of_them.endswith("are told"):
+            torch.distributed.all_reduce(torch.ones(()))
+        train(ours, optimizer, step, step + 1, rank)
+        train_twin(theirs, twin, step, step + 1, world_size)
+    assert_replicas_are_one(ours)
+    assert_close(ours, theirs)
 
 
 @on_ranks(4, slow=[4])
