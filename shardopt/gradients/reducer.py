@@ -259,7 +259,7 @@ class Reducer(Gradients):
         First bring all to the same number of rounds, so that every reduction ends.
         """
         num_rounds, num_void = self._rounds.num_rounds, self._rounds.num_void
-        if len({(report.rounds, report.void) for report in reports}) > 1:
+        if len({report.rounds for report in reports}) > 1:
             self.lose(max(report.rounds for report in reports))
         self._refuse_spoilt(reports)
         if len({(report.facts, report.rounds, report.void) for report in reports}) > 1:

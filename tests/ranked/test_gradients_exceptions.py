@@ -10,7 +10,7 @@ from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
 from shardopt import Guards, ShardedOptimizer
-from shardopt.errors import GradientError, UnsupportedError
+from shardopt.errors import AgreementError, GradientError, UnsupportedError
 from tests.ranked.test_gradients import Twins, every_kind, random
 from tests.ranked.test_gradients_lifecycle import ZEROS
 from tests.ranked.test_gradients_refused import refuses
@@ -161,7 +161,25 @@ def test_an_exception_on_one_rank_and_another_try_on_all(
             twins.optimizer.clip_grad_norm_(1e9)
         twins.optimizer.step()
         twins.follow(seed)
+        assert twins.optimizer._gradients._rounds.means.has_limit  # on what is under way
     twins.assert_same_state()
+
+
+@on_ranks(2, 3)
+@every_kind
+def test_an_exception_that_all_have_got_over_is_not_told_again(kind, rank, world_size):
+    """What is wrong later has another cause."""
+    twins = Twins(kind, rank, world_size).build()
+    if rank == 1:
+        with pytest.raises(Boom):
+            fused_loss(twins.ours, 0, rank).backward()
+    else:
+        twins.backward(0)
+    twins.optimizer.zero_grad()
+    twins.step(1)
+    twins.backward(*[2, 3][: 1 + rank])
+    with refuses(AgreementError, "number of backward passes: rank"):
+        twins.optimizer.step()
 
 
 @on_ranks(2, 3)

@@ -154,6 +154,15 @@ def test_a_part_of_the_model_forgets(kind, rank, world_size):
     assert_same_parameters(twins.ours, twins.theirs)
 
 
+@on_ranks(1, 2, 3)
+@every_kind
+def test_parameters_that_nobody_else_holds_are_trained(kind):
+    optimizer = ShardedOptimizer([Parameter(torch.ones(5))], SGD, gradients=kind, lr=0.5)
+    optimizer.param_groups[0]["params"][0].sum().backward()
+    optimizer.step()
+    assert_same(optimizer.param_groups[0]["params"][0].detach(), torch.full((5,), 0.5))
+
+
 @on_ranks(2, 3)
 @every_kind
 @pytest.mark.parametrize("zero", ZEROS)
