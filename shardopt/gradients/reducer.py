@@ -30,6 +30,7 @@ from shardopt.guard import agree, digest, fail_everywhere
 from shardopt.policies import Guards
 from shardopt.shard import Shard
 
+Said = Mapping[str, object]
 _ALIKE = "set options, and call backward(), step() and clip_grad_norm_(), alike on every rank"
 
 
@@ -208,21 +209,13 @@ class Reducer(Gradients):
     # -- what ranks tell one another -----------------------------------------------------------
 
     def _exchange(
-        self,
-        norm_type: float | None,
-        said: Mapping[str, object],
-        *,
-        failed: bool = False,
-        early: bool = False,
+        self, norm_type: float | None, said: Said, *, failed: bool = False, early: bool = False
     ) -> tuple[list[Report], Tensor]:
         """Every rank's report, and its sum of powers, which it does not have if it is early."""
         if watch := self.shard.collectives.watch:
             watch.waits_for(self._rounds.num_rounds)
-        if not early and (norm_type is not None or self.guards.nonfinite != "ignore"):
-            self._rounds.means.wait()
-        tensors = self._means() if norm_type is not None and not early else []
-        power = norms.power_sum(tensors, norm_type or 1.0, self._device)
-        index, source = (-1, -1) if early else self._find_nonfinite()
+        nothing = torch.zeros((), dtype=torch.float64, device=self._device), -1, -1
+        power, index, source = nothing if early else self._look(norm_type)
         flags = [parameter.requires_grad for parameter in self.shard.parameters]
         present = self.reduced()
         missing = [i for i, flag in enumerate(flags) if flag and i not in present]
@@ -252,7 +245,7 @@ class Reducer(Gradients):
         return reports, all_powers(self.shard.collectives, reports, power)
 
     def _refuse_uneven(
-        self, reports: Sequence[Report], norm_type: float | None, said: Mapping[str, object]
+        self, reports: Sequence[Report], norm_type: float | None, said: Said
     ) -> None:
         """Raise on every rank if they do not stand at the same point of the same program.
 
@@ -276,12 +269,12 @@ class Reducer(Gradients):
 
     def _refuse_spoilt(self, reports: Sequence[Report]) -> None:
         """Raise on every rank if what one has reduced is of no use."""
-        if any(report.changed > 0 for report in reports):
-            self._refuse_late_ddp()
+        if any(report.changed > 0 for report in reports):  # by DDP that has come late?
+            refuse_ddp([{"params": self.shard.parameters}])
         refuse_lost(reports, self.shard.names)
 
     def _refuse_late_ddp(self) -> None:
-        """DDP changes what has been sent, or brings it back. Looks once: others are late, too."""
+        """DDP brings back what has been freed. Looks once: there are models that do, too."""
         if not self._knows_ddp:
             refuse_ddp([{"params": self.shard.parameters}])
         self._knows_ddp = True
@@ -292,9 +285,14 @@ class Reducer(Gradients):
         buffers = self.shard.buffers.buckets
         return buffers[0].device if buffers else torch.device("cpu")
 
-    def _find_nonfinite(self) -> tuple[int, int]:
-        """A parameter whose mean is not finite and the rank that brought it; -1 for none."""
-        known = self._rounds.means.nonfinite or self._rows.nonfinite
-        if self.guards.nonfinite == "ignore" or known or norms.is_host(self._device):
-            return known or (-1, -1)
-        return self._rounds.means.find_nonfinite(self._device), -1
+    def _look(self, norm_type: float | None) -> tuple[Tensor, int, int]:
+        """This rank's sum of powers; what is not finite, and whence, or -1."""
+        looks = self.guards.nonfinite != "ignore"
+        if looks or norm_type is not None:
+            self._rounds.means.wait()
+        tensors = [] if norm_type is None else self._means()
+        power = norms.power_sum(tensors, norm_type or 1.0, self._device)
+        known = self._rounds.means.nonfinite or self._rows.nonfinite or (-1, -1)
+        if looks and known[0] < 0 and not norms.is_host(self._device):
+            known = self._rounds.means.find_nonfinite(self._device), -1
+        return power, *known
