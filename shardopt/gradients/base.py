@@ -90,8 +90,8 @@ class Gradients(ABC):
         Until ``zero``, a step raises.
         """
 
-    def zero(self) -> None:  # noqa: B027
-        """Forget what has been reduced since the last step."""
+    def zero(self, *, to_none: bool = True) -> None:  # noqa: B027
+        """Forget what has been reduced since the last step; or make it zeros, if it is freed."""
 
     def consume(self) -> None:  # noqa: B027
         """A step has used the gradients."""

@@ -27,7 +27,7 @@ class GradientMethods(Optimizer):
             set_to_none: whether ``.grad`` becomes ``None`` or zeros.
         """
         super().zero_grad(set_to_none)
-        self._gradients.zero()
+        self._gradients.zero(to_none=set_to_none)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Accumulate: with ``gradients="local"``, backward passes in here communicate nothing.

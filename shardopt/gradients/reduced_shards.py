@@ -34,6 +34,7 @@ class _Flight:
     reduction: Reduction
     out: Tensor
     adds: bool
+    counts: bool = True  # until it is forgotten
 
 
 class ReducedShards:
@@ -145,9 +146,17 @@ class ReducedShards:
             self._land()
 
     def clear(self) -> None:
-        """Forget all means, once nothing is under way any more."""
-        self.wait()
+        """Forget all means, those on their way, too."""
+        for flight in self._flights:
+            flight.counts = False
         self._filled.clear()
+        self._nonfinite.clear()
+
+    def zero(self) -> None:
+        """All means that there are become zeros."""
+        self.wait()
+        for mean in self.tensors():
+            mean.zero_()
         self._nonfinite.clear()
 
     def tensors(self) -> list[Tensor]:
@@ -201,10 +210,10 @@ class ReducedShards:
         flight = self._flights.popleft()
         with self._shard.collectives.during("backward()"):
             flight.reduction.wait()
-        if flight.adds:
+        if flight.adds and flight.counts:
             self._means[flight.number].add_(flight.out)
         looks = self._looks and flight.out.device.type == "cpu"
-        if looks and flight.number not in self._nonfinite:
+        if looks and flight.counts and flight.number not in self._nonfinite:
             self._look(flight)
         self._free[flight.buffer.dtype, flight.buffer.device].append(flight.buffer)
 

@@ -98,7 +98,7 @@ class Reducer(Gradients):
                 self._rounds.close(everything=everything)
                 everything = True
             if any(report.rows for report in reports):
-                self._rounds.sends(self.shard.layout.by_rows)
+                self._rounds.kept.sends(self.shard.layout.by_rows)
                 self._rows.exchange()
             reports, powers = self._exchange(norm_type, said)
         self._refuse_spoilt(reports)
@@ -138,10 +138,10 @@ class Reducer(Gradients):
             self._rounds.close(lost=True)
         self._rounds.tear()
 
-    def zero(self) -> None:
+    def zero(self, *, to_none: bool = True) -> None:
         """See the base class."""
         self._rounds.abandon(retries=True)
-        self._rounds.forget()
+        self._rounds.forget(to_none=to_none)
         self._rows.clear()
 
     def reduced(self) -> set[int]:
@@ -198,7 +198,7 @@ class Reducer(Gradients):
 
     def _have_scaled(self) -> None:
         """The means have been scaled: what ranks agreed on holds, but for the norm."""
-        self._rounds.scaled()
+        self._rounds.have_scaled()
         if self._settled is not None:
             self._settled = None, *self._settled[1:]
 

@@ -191,9 +191,10 @@ def refuse_lost(reports: Sequence[Report], names: Sequence[str]) -> None:
             raise GradientError(
                 f"the gradient of parameter {names[report.changed - 1]!r} was changed on rank "
                 f"{rank} after it had been sent to the other ranks, as by torch.nn.utils."
-                "clip_grad_norm_ or GradScaler.unscale_; use optimizer.clip_grad_norm_ or "
-                "shardopt.GradScaler, or change .grad before backward() has sent it, in a hook or "
-                "within no_sync()"
+                "clip_grad_norm_, GradScaler.unscale_, or zero_grad(set_to_none=False) of a part "
+                "of the model; use optimizer.clip_grad_norm_, shardopt.GradScaler or optimizer."
+                "zero_grad(), or change .grad before backward() has sent it, in a hook or within "
+                "no_sync()"
             )
         if report.changed == Spoilt.UNSCALED:
             raise GradientError(
@@ -209,7 +210,7 @@ def refuse_lost(reports: Sequence[Report], names: Sequence[str]) -> None:
                 "optimizer.zero_grad() and repeat all backward passes of this step on every rank"
             )
     if len({(report.rounds, report.void) for report in reports}) > 1:
-        lost = [report.lost for report in reports]
+        lost = [(report.lost, report.void if report.lost else 0) for report in reports]
         if max(lost) > min(lost):
             raise GradientError(
                 f"an exception ended a backward() on rank {lost.index(max(lost))} and not on rank "

@@ -16,10 +16,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from math import inf
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ from shardopt.gradients.line import line_of
 from shardopt.gradients.producers import Producers
 from shardopt.gradients.reduced_shards import ReducedShards
 from shardopt.gradients.report import Spoilt
-from shardopt.gradients.sent import Sent
+from shardopt.gradients.sent import Kept
 from shardopt.layout import Atom
 from shardopt.shard import Shard
 
@@ -46,6 +45,7 @@ class Rounds:
 
     Attributes:
         means: what has been reduced.
+        kept: what the means know of ``.grad``.
         present: parameters with a gradient of this rank in the means.
         num_rounds: rounds that this rank has been through.
         num_void: the first of them, which count no more: all has been forgotten since.
@@ -56,6 +56,7 @@ class Rounds:
     def __init__(self, shard: Shard, *, keeps: bool, looks: bool):
         self._shard, self._keeps = shard, keeps
         self.means = ReducedShards(shard, adds=not keeps, looks=looks)
+        self.kept = Kept(shard)
         self.present: set[int] = set()
         self.num_rounds = self.num_void = self.num_lost = self.num_changes = 0
         self._line = line_of(shard.collectives.channel)
@@ -68,11 +69,6 @@ class Rounds:
         self._missing: list[int] = []  # by bucket: parameters that have not got their gradient
         self._arrived: set[int] = set()
         self._producers = Producers()
-        # Where .grad stays: what was sent; what has got more since; what it was when means were
-        # scaled, which it is not; whether some of that has been sent again, or been added to.
-        self._sent, self._scaled = Sent(), Sent()
-        self._late: set[int] = set()
-        self._unscaled = False
         self._began_empty = True
         self._holds_rows = False  # an earlier backward has left gradients of those that are
         self._torn = False  # a lost round has added to the means
@@ -98,10 +94,10 @@ class Rounds:
     def on_gradient(self, index: int, parameter: Tensor) -> None:
         """Autograd has added to a parameter's gradient."""
         self.num_changes += 1
-        self._unscaled |= self._scaled.num_changes(index, parameter.grad) == 1
+        self.kept.hear(index, parameter.grad)
         if self._paused:
-            if index in self._sent:
-                self._late.add(index)
+            if index in self.kept:
+                self.kept.is_late(index)
             return
         self._enter_backward()
         if self._next is None:
@@ -113,7 +109,7 @@ class Rounds:
             return
         if index in self._arrived or number < self._next:
             if self._keeps:
-                self._late.add(index)
+                self.kept.is_late(index)
             return
         self._arrived.add(index)
         self._missing[number] -= 1
@@ -193,17 +189,13 @@ class Rounds:
         gradients = {i: p.grad for i, p in parameters.items() if p.grad is not None and not lost}
         self.means.refuse(gradients)
         self._next += 1
-        if self._keeps:  # the mean of what .grad holds now takes the place of the one before
+        is_sent = number in self._trained or everything
+        if self._keeps:  # from now on a change is too late, whether it has started or not
+            self.kept.send(members, gradients if is_sent else {})
             self.present.difference_update(members)
-            self._late.difference_update(members)
-            self._sent.forget(members)
-        if number not in self._trained and not everything:
+        if not is_sent:
             return
         self.present.update(gradients)
-        self.sends(gradients)
-        if self._keeps:  # from now on a change is too late, whether it has started or not
-            for index, gradient in gradients.items():
-                self._sent.note(index, gradient)
         start = partial(self._launch, number, gradients)
         self._line.join(start, partial(self.means.has_room, number))
 
@@ -230,15 +222,16 @@ class Rounds:
         else:
             self._torn = True
 
-    def forget(self) -> None:
-        """Start anew, with no means."""
+    def forget(self, *, to_none: bool = True) -> None:
+        """Start anew: with no means, or with zeros for those that have taken the place of .grad."""
         self._line.advance(to_the_end=True)
-        self.means.clear()
-        self.present.clear()
-        for noted in (self._sent, self._scaled):
-            noted.forget()
-        self._late.clear()
-        self._torn = self._holds_rows = self._unscaled = False
+        if to_none or self._keeps:
+            self.means.clear()
+            self.present.clear()
+        else:
+            self.means.zero()
+        self.kept.forget()
+        self._torn = self._holds_rows = False
         self.num_void = self.num_rounds
         self.num_changes += 1
 
@@ -253,38 +246,18 @@ class Rounds:
 
     def has_more(self) -> bool:
         """Whether gradients have come, or have been taken away, that the means do not know of."""
-        return self._next is not None or any(
-            self._is_new(index, parameter.grad)
-            for index, parameter in enumerate(self._shard.parameters)
-            if index not in self._shard.layout.by_rows
-        )
-
-    def _is_new(self, index: int, gradient: Tensor | None) -> bool:
-        return index in self._late or self._sent.is_new(index, gradient)
+        return self._next is not None or self.kept.has_new()
 
     def changed(self) -> int:
         """A parameter whose gradient has changed since it was sent, plus 1, or a ``Spoilt``."""
         if self._torn:
             return Spoilt.LOST
-        if self._unscaled:
-            return Spoilt.UNSCALED
-        for index, parameter in enumerate(self._shard.parameters):
-            late = index in self._late
-            if not late and 0 < self._sent.num_changes(index, parameter.grad) < inf:
-                return index + 1
-        return 0
+        return Spoilt.UNSCALED if self.kept.has_undone_scaling else self.kept.first_changed() + 1
 
-    def sends(self, indices: Iterable[int]) -> None:
-        """``.grad`` is about to be sent: note if that undoes what scaled the means."""
-        parameters = self._shard.parameters
-        same = (self._scaled.num_changes(index, parameters[index].grad) == 0 for index in indices)
-        self._unscaled |= any(same)
-
-    def scaled(self) -> None:
-        """Means have been clipped, or the like. Where ``.grad`` stays, it has not."""
-        for index, parameter in enumerate(self._shard.parameters):
-            if self._keeps and parameter.grad is not None:
-                self._scaled.note(index, parameter.grad)
+    def have_scaled(self) -> None:
+        """The means have been clipped, or the like. Where ``.grad`` stays, it has not."""
+        if self._keeps:
+            self.kept.have_scaled()
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -44,8 +44,8 @@ class Watched(Protocol):
     def freed(self) -> set[int]:
         """Those of them whose gradient is nowhere else."""
 
-    def zero(self) -> None:
-        """Forget all that has been reduced."""
+    def zero(self, *, to_none: bool = True) -> None:
+        """Forget all that has been reduced; or make it zeros, if it is freed."""
 
 
 _WATCHED: WeakSet[Watched] = WeakSet()
@@ -96,7 +96,7 @@ def _forgetting(inner: Callable[..., None]) -> Callable[..., None]:
                 continue
             held = {id(parameter) for parameter in self.parameters()}
             if all(id(parameter) in held for parameter in one.shard.parameters):
-                one.zero()
+                one.zero(to_none=set_to_none)
             elif names := _names_of_freed(one, held):
                 raise GradientError(
                     f"the gradient of parameter {names[0]!r} has been reduced and freed, and "

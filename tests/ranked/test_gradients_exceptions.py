@@ -167,6 +167,26 @@ def test_an_exception_on_one_rank_and_another_try_on_all(
 
 @on_ranks(2, 3)
 @every_kind
+def test_failing_in_turn_and_not_forgetting(kind, rank, world_size):
+    """As many exceptions on each rank, and still not the same passes."""
+    twins = Twins(kind, rank, world_size).build()
+    for fails in (1, 0):
+        if rank == fails:
+            with pytest.raises(Boom):
+                fused_loss(twins.ours, fails, rank).backward()
+        else:
+            twins.backward(fails)
+        if fails == 1:
+            twins.optimizer.zero_grad()
+    twins.backward(2)
+    with refuses(GradientError, "exception ended a backward() on rank 0 and not on rank", "zero_"):
+        twins.optimizer.step()
+    twins.optimizer.zero_grad()
+    twins.step(3)
+
+
+@on_ranks(2, 3)
+@every_kind
 def test_an_exception_that_all_have_got_over_is_not_told_again(kind, rank, world_size):
     """What is wrong later has another cause."""
     twins = Twins(kind, rank, world_size).build()

@@ -181,10 +181,11 @@ def test_forgotten_on_one_rank_only(kind, zero, rank, world_size):
     twins.assert_same_state()
 
 
-@on_ranks(2)
+@on_ranks(1, 2, 3)
+@every_kind
 @pytest.mark.parametrize("zero", [zero for zero in ZEROS if zero.endswith("zeros")])
-def test_zeros_are_gradients_as_in_torch(zero, rank, world_size):
-    twins = Twins("local", rank, world_size).build(weight_decay=0.1)
+def test_zeros_are_gradients_as_in_torch(zero, kind, rank, world_size):
+    twins = Twins(kind, rank, world_size).build(weight_decay=0.1)
     twins.step(0)
     twins.backward(1)
     ZEROS[zero](twins)
