@@ -64,7 +64,9 @@ class Sign:
         if self.inside:
             after = "" if self.passes is None else f", after {self.passes} backward passes"
             return f"has been in {self.place}{after}, for {seconds:.1f} s"
-        return f"has left {self.place}, {seconds:.1f} s ago"
+        # Of a backward only the reductions are told: it may go on where nobody hears of it.
+        goes_on = self.what == "backward()" and not self.problem
+        return f"{'was in' if goes_on else 'has left'} {self.place}, {seconds:.1f} s ago"
 
 
 class Board:

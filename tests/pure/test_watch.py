@@ -38,6 +38,10 @@ def told(*others, silent=()):
     ("other", "words"),
     [
         (LEFT, "rank 1 has left step(), number 7, 6.8 s ago, and does not come"),
+        (
+            replace(LEFT, what="backward()"),
+            "rank 1 was in backward() after step 7, 6.8 s ago, and does not come",
+        ),
         (SAVES, "rank 1 has been in checkpoint.save() after step 7, for 1.8 s, and does not come"),
         (FAILED, "rank 1 has left step(), number 8, 5.8 s ago, with ValueError: lr"),
         (ENDED, "rank 1 has ended, after step(), number 7"),

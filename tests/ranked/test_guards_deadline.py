@@ -62,7 +62,7 @@ def test_a_rank_that_is_killed_within_backward_on_a_mesh(kind, tmp_path):
     actions = "backward_on_a_mesh", "hang_in_backward_on_a_mesh"
     with Job(*actions, kind=kind, folder=tmp_path) as job:
         killed = job.signal(1, signal.SIGKILL)
-        pattern = r"^rank 0 in backward\(\).* rank 1 is gone or stopped: .* has left backward\(\)"
+        pattern = r"^rank 0 in backward\(\).* rank 1 is gone or stopped: .* was in backward\(\)"
         assert_named(job, 0, pattern, killed - 0.5, expected=0.5)
 
 
