@@ -34,7 +34,7 @@ class _Flight:
     reduction: Reduction
     out: Tensor
     adds: bool
-    counts: bool = True  # until it is forgotten
+    counts: bool = True  # until it is forgotten: then nobody reads what it brings
 
 
 class ReducedShards:
@@ -210,7 +210,7 @@ class ReducedShards:
         flight = self._flights.popleft()
         with self._shard.collectives.during("backward()"):
             flight.reduction.wait()
-        if flight.adds and flight.counts:
+        if flight.adds:
             self._means[flight.number].add_(flight.out)
         looks = self._looks and flight.out.device.type == "cpu"
         if looks and flight.counts and flight.number not in self._nonfinite:

@@ -130,6 +130,35 @@ def test_grad_that_is_gone_is_forgotten(rank, world_size):
 
 
 @on_ranks(1, 2, 3)
+def test_a_gradient_that_is_used_again_is_new(rank, world_size):
+    """Local: the tensor that a step has clipped and let go of, put back by hand."""
+    twins = Twins("local", rank, world_size).build(optimizer_class=SGD)
+    twins.backward(0)
+    before, means = grads(twins.ours), twins.means(0)
+    twins.optimizer.clip_grad_norm_(1e9)
+    for _ in range(2):
+        for parameter, gradient in zip(twins.ours.parameters(), before, strict=True):
+            parameter.grad = gradient
+        twins.optimizer.step()
+        for parameter, mean in zip(twins.theirs.parameters(), means, strict=True):
+            parameter.grad = mean
+        twins.plain.step()
+    assert_same_parameters(twins.ours, twins.theirs)
+
+
+@on_ranks(1, 2, 3)
+def test_what_was_paused_and_forgotten_is_not_sent(rank, world_size):
+    twins = Twins("local", rank, world_size).build()
+    twins.backward(0)
+    with twins.optimizer.no_sync():
+        twins.backward(1)
+    twins.optimizer.zero_grad()
+    rounds = twins.optimizer._gradients._rounds.num_rounds
+    twins.optimizer.step()
+    assert twins.optimizer._gradients._rounds.num_rounds == rounds
+
+
+@on_ranks(1, 2, 3)
 @every_kind
 def test_a_part_of_the_model_forgets(kind, rank, world_size):
     """Where gradients are freed it is refused: what was reduced lies together."""
