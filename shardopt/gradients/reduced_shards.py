@@ -34,7 +34,7 @@ class _Flight:
     reduction: Reduction
     out: Tensor
     adds: bool
-    counts: bool = True  # until it is forgotten: then nobody reads what it brings
+    counts: bool = True  # until it is forgotten
 
 
 class ReducedShards:
@@ -145,19 +145,15 @@ class ReducedShards:
         while self._flights:
             self._land()
 
-    def clear(self) -> None:
-        """Forget all means, those on their way, too."""
+    def clear(self, *, to_zeros: bool = False) -> None:
+        """Forget all means, those on their way, too; or let them be zeros."""
         for flight in self._flights:
             flight.counts = False
-        self._filled.clear()
         self._nonfinite.clear()
-
-    def zero(self) -> None:
-        """All means that there are become zeros."""
-        self.wait()
+        if not to_zeros:
+            self._filled.clear()
         for mean in self.tensors():
             mean.zero_()
-        self._nonfinite.clear()
 
     def tensors(self) -> list[Tensor]:
         """The means that are there, each ``(shard_numel,)``."""
@@ -210,6 +206,8 @@ class ReducedShards:
         flight = self._flights.popleft()
         with self._shard.collectives.during("backward()"):
             flight.reduction.wait()
+        if not flight.counts:
+            flight.out.zero_()  # it is the mean, or is added to it
         if flight.adds:
             self._means[flight.number].add_(flight.out)
         looks = self._looks and flight.out.device.type == "cpu"

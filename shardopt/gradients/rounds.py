@@ -225,11 +225,10 @@ class Rounds:
     def forget(self, *, to_none: bool = True) -> None:
         """Start anew: with no means, or with zeros for those that have taken the place of .grad."""
         self._line.advance(to_the_end=True)
-        if to_none or self._keeps:
-            self.means.clear()
+        to_zeros = not (to_none or self._keeps)
+        self.means.clear(to_zeros=to_zeros)
+        if not to_zeros:
             self.present.clear()
-        else:
-            self.means.zero()
         self.kept.forget()
         self._torn = self._holds_rows = False
         self.num_void = self.num_rounds

@@ -83,7 +83,8 @@ def test_as_on_one_axis_within_rounding(kind, rank, world_size):
 @on_ranks(4, slow=[4])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "all_of_them", ["are told", "forget and are told", "try again", "go on and are told"]
+    "all_of_them",
+    ["are told", "forget and are told", "zero and are told", "try again", "go on and are told"],
 )
 def test_an_exception_on_one_rank_keeps_nobody_waiting(kind, all_of_them, rank, world_size):
     """Though a reduction goes on only while somebody waits for it, and there are more than two."""
@@ -98,8 +99,8 @@ def test_an_exception_on_one_rank_keeps_nobody_waiting(kind, all_of_them, rank, 
                 fused_loss(ours, step, rank).backward()
         else:
             loss_of(ours, step, rank).backward()
-        if all_of_them.startswith("forget"):
-            optimizer.zero_grad()
+        if all_of_them.startswith(("forget", "zero")):
+            optimizer.zero_grad(set_to_none=all_of_them.startswith("forget"))
         if all_of_them.startswith("go on"):
             with pytest.raises(GradientError, match=f"what rank {step} has is of no use"):
                 optimizer.step()

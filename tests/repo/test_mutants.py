@@ -51,7 +51,6 @@ GRADIENTS = "test_waits.py::test_gradients_wait_for_what_they_use"
 PRODUCERS = "test_waits.py::test_a_bucket_waits_for_the_producers_of_its_gradients"
 OTHER_LR = "test_waits.py::test_another_lr_on_one_rank_is_named_before_the_step"
 ROWS = "test_waits.py::test_rows_of_tables_wait_for_what_they_use"
-FORGOTTEN = "test_waits.py::test_what_is_forgotten_does_not_arrive_later"
 LOOKS = "test_overlap.py::test_looking_waits"
 DROPPED = "test_overlap.py::test_changing_a_parameter_and_dropping_the_optimizer_wait"
 METHOD = "test_waits.py::test_a_method_of_the_class_waits_for_the_step_before"
@@ -152,7 +151,6 @@ KILLERS = {
     "evaluation.py::Evaluation._evaluate": FAILING_CLOSURE,
     "evaluation.py::Evaluation._mean": LOSS,
     "gradients/": GRADIENTS,
-    "gradients/reduced_shards.py::ReducedShards.zero": FORGOTTEN,
     "gradients/reducer.py::Reducer._refuse_uneven": OTHER_LR,
     "gradients/report.py::_add_up": SUMS,
     "gradients/replicated.py::Replicated.settle::agree": OTHER_LR,
