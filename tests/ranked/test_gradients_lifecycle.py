@@ -213,8 +213,10 @@ def test_forgotten_on_one_rank_only(kind, zero, rank, world_size):
 @on_ranks(1, 2, 3)
 @every_kind
 @pytest.mark.parametrize("zero", [zero for zero in ZEROS if zero.endswith("zeros")])
-def test_zeros_are_gradients_as_in_torch(zero, kind, rank, world_size):
-    twins = Twins(kind, rank, world_size).build(weight_decay=0.1)
+@pytest.mark.parametrize("cap", [25.0, 1e-4])
+def test_zeros_are_gradients_as_in_torch(zero, cap, kind, rank, world_size):
+    """Whether what was reduced has arrived, or is on its way."""
+    twins = Twins(kind, rank, world_size).build(ours={"bucket_cap_mb": cap}, weight_decay=0.1)
     twins.step(0)
     twins.backward(1)
     ZEROS[zero](twins)
