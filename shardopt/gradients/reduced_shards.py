@@ -213,7 +213,9 @@ class ReducedShards:
         looks = self._looks and flight.out.device.type == "cpu"
         if looks and flight.counts and flight.number not in self._nonfinite:
             self._look(flight)
-        self._free[flight.buffer.dtype, flight.buffer.device].append(flight.buffer)
+        free = self._free[flight.buffer.dtype, flight.buffer.device]
+        if len(free) < MAX_IN_FLIGHT:  # else there were more without the limit
+            free.append(flight.buffer)
 
     def _look(self, flight: _Flight) -> None:
         """Note which parameter's mean is not finite, and from which rank that comes."""
