@@ -150,10 +150,11 @@ class ReducedShards:
         for flight in self._flights:
             flight.counts = False
         self._nonfinite.clear()
-        if not to_zeros:
+        if to_zeros:
+            for mean in self.tensors():
+                mean.zero_()
+        else:
             self._filled.clear()
-        for mean in self.tensors():
-            mean.zero_()
 
     def tensors(self) -> list[Tensor]:
         """The means that are there, each ``(shard_numel,)``."""

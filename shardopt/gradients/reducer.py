@@ -98,7 +98,7 @@ class Reducer(Gradients):
                 self._rounds.close(everything=everything)
                 everything = True
             if any(report.rows for report in reports):
-                self._rounds.kept.sends(self.shard.layout.by_rows)
+                self._rounds.kept.note_sending(self.shard.layout.by_rows)
                 self._rows.exchange()
             reports, powers = self._exchange(norm_type, said)
         self._refuse_spoilt(reports)
@@ -148,8 +148,12 @@ class Reducer(Gradients):
         """See the base class."""
         return self._rounds.present | self._rows.present
 
+    def has_reduced(self) -> bool:
+        """See ``Watched``: a rank may have reduced what others brought, and nothing of its own."""
+        return bool(self.reduced()) or self._rounds.num_rounds > self._rounds.num_void
+
     def freed(self) -> set[int]:
-        """Those of them whose gradient is nowhere else."""
+        """See ``Watched``."""
         return set() if self._keeps else self.reduced()
 
     def consume(self) -> None:
@@ -174,7 +178,7 @@ class Reducer(Gradients):
         factor = norms.clip_factor(total, max_norm)
         for tensor in self._means():
             tensor.mul_(factor.to(tensor.device, non_blocking=True))
-        self._have_scaled()
+        self._note_scaled()
         double = any(parameter.dtype is torch.float64 for parameter in self.shard.parameters)
         return total if double else total.float()
 
@@ -183,7 +187,7 @@ class Reducer(Gradients):
         self.settle(clip_value=clip_value)
         for tensor in self._means():
             tensor.clamp_(-clip_value, clip_value)
-        self._have_scaled()
+        self._note_scaled()
 
     def unscale(self, inverse: Tensor, found: Tensor) -> None:
         """See the base class."""
@@ -194,11 +198,11 @@ class Reducer(Gradients):
                 [tensor], here := found.to(device), inverse.to(device)
             )
             found.copy_(torch.maximum(found, here.to(found.device)))
-        self._have_scaled()
+        self._note_scaled()
 
-    def _have_scaled(self) -> None:
+    def _note_scaled(self) -> None:
         """The means have been scaled: what ranks agreed on holds, but for the norm."""
-        self._rounds.have_scaled()
+        self._rounds.note_scaled()
         if self._settled is not None:
             self._settled = None, *self._settled[1:]
 
@@ -257,15 +261,13 @@ class Reducer(Gradients):
         self._refuse_spoilt(reports)
         if len({(report.facts, report.rounds, report.void) for report in reports}) > 1:
             pairs = zip(self.shard.names, self.shard.parameters, strict=True)
-            training = {
-                f"requires_grad of parameter {name!r}": p.requires_grad for name, p in pairs
-            }
+            flags = {f"requires_grad of parameter {name!r}": p.requires_grad for name, p in pairs}
             passes = {
                 "the number of backward passes": num_rounds,
                 "the number of backward passes before zero_grad()": num_void,
             }
             facts = {**self.facts(norm_type), **said, **passes}
-            agree(self.shard.collectives, facts | training, _ALIKE)
+            agree(self.shard.collectives, facts | flags, _ALIKE)
 
     def _refuse_spoilt(self, reports: Sequence[Report]) -> None:
         """Raise on every rank if what one has reduced is of no use."""

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from shardopt.gradients.backward import at_end_of_backward, backward_number, is_nested
 from shardopt.gradients.hooks import Hooks
+from shardopt.gradients.kept import Kept
 from shardopt.gradients.line import line_of
 from shardopt.gradients.producers import Producers
 from shardopt.gradients.reduced_shards import ReducedShards
 from shardopt.gradients.report import Spoilt
-from shardopt.gradients.sent import Kept
 from shardopt.layout import Atom
 from shardopt.shard import Shard
 
@@ -94,10 +94,10 @@ class Rounds:
     def on_gradient(self, index: int, parameter: Tensor) -> None:
         """Autograd has added to a parameter's gradient."""
         self.num_changes += 1
-        self.kept.hear(index, parameter.grad)
+        self.kept.note_added(index, parameter.grad)
         if self._paused:
             if index in self.kept:
-                self.kept.is_late(index)
+                self.kept.note_late(index)
             return
         self._enter_backward()
         if self._next is None:
@@ -109,7 +109,7 @@ class Rounds:
             return
         if index in self._arrived or number < self._next:
             if self._keeps:
-                self.kept.is_late(index)
+                self.kept.note_late(index)
             return
         self._arrived.add(index)
         self._missing[number] -= 1
@@ -191,7 +191,7 @@ class Rounds:
         self._next += 1
         is_sent = number in self._trained or everything
         if self._keeps:  # from now on a change is too late, whether it has started or not
-            self.kept.send(members, gradients if is_sent else {})
+            self.kept.note_sent(members, gradients if is_sent else {})
             self.present.difference_update(members)
         if not is_sent:
             return
@@ -253,10 +253,10 @@ class Rounds:
             return Spoilt.LOST
         return Spoilt.UNSCALED if self.kept.has_undone_scaling else self.kept.first_changed() + 1
 
-    def have_scaled(self) -> None:
+    def note_scaled(self) -> None:
         """The means have been clipped, or the like. Where ``.grad`` stays, it has not."""
         if self._keeps:
-            self.kept.have_scaled()
+            self.kept.note_scaled()
 
     @contextmanager
     def paused(self) -> Iterator[None]:

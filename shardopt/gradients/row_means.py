@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shardopt.gradients.kept import Noted
 from shardopt.gradients.norms import all_finite
-from shardopt.gradients.sent import Sent
 from shardopt.rows import Rows, cut_rows, exchange_rows
 from shardopt.shard import Shard
 from shardopt.sparse import sparse_rows
@@ -34,7 +34,7 @@ class RowMeans:
     def __init__(self, shard: Shard, *, adds: bool, looks: bool):
         self._shard, self._adds, self._looks = shard, adds, looks
         self._means: dict[int, Tensor] = {}  # by parameter: sparse, shaped as its segment
-        self._sent = Sent()
+        self._sent = Noted()
         self.present: set[int] = set()
         self.nonfinite: tuple[int, int] | None = None
 

@@ -38,11 +38,11 @@ class Watched(Protocol):
 
     shard: Shard
 
-    def reduced(self) -> set[int]:
-        """Indices of parameters with a gradient that has been reduced and not used yet."""
+    def has_reduced(self) -> bool:
+        """Whether anything has been reduced and not used yet."""
 
     def freed(self) -> set[int]:
-        """Those of them whose gradient is nowhere else."""
+        """Indices of parameters whose gradient has been reduced, and is nowhere else."""
 
     def zero(self, *, to_none: bool = True) -> None:
         """Forget all that has been reduced; or make it zeros, if it is freed."""
@@ -92,7 +92,7 @@ def _forgetting(inner: Callable[..., None]) -> Callable[..., None]:
     def zero_grad(self: nn.Module, set_to_none: bool = True) -> None:
         inner(self, set_to_none)
         for one in list(_WATCHED):
-            if not one.reduced():
+            if not one.has_reduced():
                 continue
             held = {id(parameter) for parameter in self.parameters()}
             if all(id(parameter) in held for parameter in one.shard.parameters):

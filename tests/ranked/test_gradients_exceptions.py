@@ -130,7 +130,7 @@ def test_an_exception_on_one_rank_while_others_go_on(kind, then, call, cap, rank
 
 
 def tell(when: str, now: str) -> None:
-    """The ranks tell one another whether it went well, on a group of their own."""
+    """The ranks tell one another whether it went well, on the user's group, if there is one."""
     if when == now and dist.is_initialized():
         dist.all_reduce(torch.ones(()))
 

@@ -194,6 +194,26 @@ def test_a_pass_after_clipping_is_refused_where_grad_stays(anew, rank, world_siz
         twins.optimizer.step()
 
 
+@on_ranks(2, 3)
+@every_kind
+def test_what_others_brought_is_forgotten_too(kind, rank, world_size):
+    """By ``model.zero_grad``, on a rank that has brought nothing dense of its own."""
+    model = nn.ModuleList([nn.Embedding(7, 3, sparse=True), nn.Linear(3, 1)])
+    groups = [
+        {"params": list(model[0].parameters()), "optimizer_class": SparseAdam},
+        {"params": list(model[1].parameters())},
+    ]
+    guards = Guards(find_unused_parameters=True)
+    optimizer = ShardedOptimizer(groups, SGD, gradients=kind, guards=guards, lr=1.0)
+    start = model[1].weight.detach().clone()
+    rows = model[0](torch.arange(7))
+    (rows.sum() if rank else rows.sum() + 100 * model[1].weight.sum()).backward()
+    model.zero_grad()
+    (model[0](torch.arange(7)).sum() + model[1].weight.sum()).backward()
+    optimizer.step()
+    assert_same(model[1].weight.detach(), start - 1.0)
+
+
 @on_ranks(1, 2, 3)
 @every_kind
 def test_a_table_that_one_rank_alone_looks_up(kind, rank, world_size):

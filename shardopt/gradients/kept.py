@@ -11,7 +11,7 @@ from torch.utils.weak import TensorWeakRef
 from shardopt.shard import Shard
 
 
-class Sent:
+class Noted:
     """Gradients as they were when they were noted, by the index of their parameter."""
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class Kept:
 
     def __init__(self, shard: Shard):
         self._shard = shard
-        self._sent, self._scaled = Sent(), Sent()
+        self._sent, self._scaled = Noted(), Noted()
         self._late: set[int] = set()  # what has got more since it was sent
 
     def forget(self) -> None:
@@ -69,32 +69,32 @@ class Kept:
         self._late.clear()
         self.has_undone_scaling = False
 
-    def hear(self, index: int, gradient: Tensor | None) -> None:
+    def note_added(self, index: int, gradient: Tensor | None) -> None:
         """Autograd has just added to a gradient."""
         self.has_undone_scaling |= self._scaled.num_changes(index, gradient) == 1
 
-    def is_late(self, index: int) -> None:
+    def note_late(self, index: int) -> None:
         """It has been changed by who may, after it was sent."""
         self._late.add(index)
 
     def __contains__(self, index: int) -> bool:
         return index in self._sent
 
-    def send(self, members: Iterable[int], gradients: Mapping[int, Tensor]) -> None:
+    def note_sent(self, members: Iterable[int], gradients: Mapping[int, Tensor]) -> None:
         """What ``members`` of a bucket have now, takes the place of what they had before."""
         self._late.difference_update(members)
         self._sent.forget(members)
         for index, gradient in gradients.items():
             self._sent.note(index, gradient)
-        self.sends(gradients)
+        self.note_sending(gradients)
 
-    def sends(self, indices: Iterable[int]) -> None:
+    def note_sending(self, indices: Iterable[int]) -> None:
         """These are sent as they are."""
         parameters = self._shard.parameters
         same = (self._scaled.num_changes(index, parameters[index].grad) == 0 for index in indices)
         self.has_undone_scaling |= any(same)
 
-    def have_scaled(self) -> None:
+    def note_scaled(self) -> None:
         """The means have been clipped, or the like."""
         for index, parameter in enumerate(self._shard.parameters):
             if parameter.grad is not None:
